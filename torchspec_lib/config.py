@@ -243,8 +243,8 @@ class RunConfig(Settings):
             )
         if training.micro_batch_tokens < self.data.max_length:
             raise ValueError(
-                f"training.micro_batch_tokens ({training.micro_batch_tokens}) must hold the longest "
-                f"sample: raise it, or lower data.max_length ({self.data.max_length})"
+                f"training.micro_batch_tokens ({training.micro_batch_tokens}) must hold the "
+                f"longest sample: raise it, or lower data.max_length ({self.data.max_length})"
             )
         if self.cluster.placement == "colocate" and (
             training.world_size != self.inference.inference_num_gpus

@@ -114,8 +114,8 @@ def _budgets(run: RunConfig, sample_bytes: int) -> tuple[int, int]:
         key = "max_in_flight_bytes" if transfer.max_in_flight_bytes else "segment_bytes"
         raise ConfigError(
             f"transfer.{key}",
-            f"{in_flight:,} bytes in flight can't hold one global batch of {batch} samples of up to "
-            f"{sample_bytes:,} bytes ({needed:,} bytes): the trainers would wait for ever",
+            f"{in_flight:,} bytes in flight can't hold a global batch of {batch} samples of "
+            f"up to {sample_bytes:,} bytes ({needed:,} bytes): the trainers would wait for ever",
             "Raise it, leave it out, or lower training.global_batch_size or data.max_length",
         )
     if transfer.segment_bytes is not None:

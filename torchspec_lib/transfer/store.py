@@ -40,7 +40,7 @@ class TensorStore(Protocol):
         ...
 
     def close(self) -> None:
-        """Leave the store. Every later call raises ``StoreUnavailableError``; closing again is fine."""
+        """Leave the store. Later calls raise ``StoreUnavailableError``; closing again is fine."""
         ...
 
 
