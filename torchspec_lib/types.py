@@ -115,20 +115,27 @@ class StepManifest:
 class StepMetrics:
     """A finished step, summed over all ranks.
 
-    ``accept_rates[k]``: share of chains right up to depth k-1 that are right at depth k too.
-    Loss in nats; ``wait_s`` is how long rank 0 waited for samples.
+    ``chains[k]`` counts supervised chains right up to depth k-1, ``matches[k]`` those of them
+    that are right at depth k too. Loss in nats; ``wait_s`` is how long rank 0 waited for samples.
     """
 
     step: int
     loss: float
     learning_rate: float
     grad_norm: float
-    accept_rates: tuple[float, ...]
+    chains: tuple[int, ...]
+    matches: tuple[int, ...]
     num_samples: int
     num_tokens: int
     num_loss_tokens: int
     step_s: float
     wait_s: float
+
+    @property
+    def accept_rates(self) -> tuple[float, ...]:
+        """``[k]``: share of chains right up to depth k-1 that are right at depth k too."""
+        pairs = zip(self.matches, self.chains, strict=True)
+        return tuple(right / chains if chains else 0.0 for right, chains in pairs)
 
     @property
     def accept_length(self) -> float:

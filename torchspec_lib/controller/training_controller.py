@@ -1,0 +1,232 @@
+"""Decides what is trained when. Hands out prompts, collects results, composes steps.
+
+Who waits for whom: the manager waits in ``take`` for nothing but the end of the data; a
+trainer waits in ``next_step`` for the samples of its step; the driver waits in ``progress``
+for a finished step. ``deliver`` wakes trainers, ``report`` wakes the driver. Nobody polls.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torchspec_lib.controller.batching import split_step
+from torchspec_lib.controller.ledger import EpochOrder, Ledger, State
+from torchspec_lib.errors import TooManyFailuresError, TorchSpecError
+from torchspec_lib.types import (
+    CaptureFailure,
+    CaptureRequest,
+    CaptureResult,
+    MicroBatch,
+    Prompt,
+    SampleKey,
+    SampleRef,
+    StepManifest,
+    StepMetrics,
+    StepReport,
+)
+
+
+class PromptTable(Protocol):
+    """The prepared prompts, by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Prompt: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """What the controller needs to know of a run."""
+
+    run_id: str
+    seed: int
+    num_epochs: int
+    global_batch_size: int
+    world_size: int
+    micro_batch_tokens: int
+    max_failed_fraction: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunTotals:
+    """A settled run: ``num_trained + num_rejected`` is every prompt of every epoch."""
+
+    num_steps: int
+    num_trained: int
+    num_rejected: int
+    rejected: dict[str, int]
+
+
+class TrainingController:
+    """Every prompt of every epoch is handed out once, in order, and accounted for."""
+
+    def __init__(
+        self,
+        prompts: PromptTable,
+        schedule: Schedule,
+        resume_step: int = 0,
+        resume_ledger: dict[str, Any] | None = None,
+    ) -> None:
+        self._prompts, self._schedule = prompts, schedule
+        self._order = EpochOrder(len(prompts), schedule.seed)
+        self._ledger = Ledger(len(prompts) * schedule.num_epochs)
+        self._taken = self._composed = (
+            self._ledger.restore(resume_ledger) if resume_ledger is not None else 0
+        )
+        self._last_step = resume_step
+        self._positions: dict[tuple[int, str], int] = {}
+        self._ready: dict[int, SampleRef] = {}
+        self._manifests: dict[int, StepManifest] = {}
+        self._cursors: dict[int, int] = {}
+        self._reports: dict[int, list[StepReport]] = {}
+        self._reported_step = resume_step
+        self._metrics: list[StepMetrics] = []
+        self._error: TorchSpecError | None = None
+        self._changed = asyncio.Condition()
+
+    # Towards the manager
+
+    async def take(self, max_prompts: int) -> list[CaptureRequest]:
+        """The next prompts to capture, in order; none when all were handed out."""
+        end = min(self._taken + max_prompts, len(self._ledger))
+        requests = [self._request(position) for position in range(self._taken, end)]
+        self._taken = end
+        return requests
+
+    def _request(self, position: int) -> CaptureRequest:
+        epoch, index = self._order[position]
+        prompt = self._prompts[index]
+        self._ledger.move(position, State.CAPTURING)
+        self._positions[epoch, prompt.prompt_id] = position
+        return CaptureRequest(
+            SampleKey.first(self._schedule.run_id, epoch, prompt.prompt_id), prompt
+        )
+
+    async def deliver(self, results: Sequence[CaptureResult]) -> None:
+        """Take what became of prompts, finally: a sample, or a failure that rejects it."""
+        for result in results:
+            if isinstance(result, SampleRef):
+                position = self._positions[result.key.epoch, result.key.prompt_id]
+                self._ledger.move(position, State.READY)
+                self._ready[position] = result
+            else:
+                self._reject(self._position(result.key), result)
+        self._compose()
+        await self._wake()
+
+    def _reject(self, position: int, failure: CaptureFailure) -> None:
+        self._ledger.move(position, State.REJECTED, failure.reason)
+        num_rejected, limit = self._ledger.count(State.REJECTED), self._schedule.max_failed_fraction
+        if num_rejected > limit * len(self._ledger):
+            reasons = [f"{n} x {reason}" for reason, n in self._ledger.rejections().items()]
+            self._error = TooManyFailuresError(num_rejected, len(self._ledger), limit, reasons[:5])
+
+    async def fail(self, error: TorchSpecError) -> None:
+        """End the run: everybody who waits here gets ``error``."""
+        self._error = self._error or error
+        await self._wake()
+
+    # Towards the trainers
+
+    def _compose(self) -> None:
+        """Make every step whose samples are all there; the last one may be smaller."""
+        while (found := self._next_samples()) is not None:
+            positions, end = found
+            self._last_step += 1
+            samples = [self._ready.pop(position) for position in positions]
+            for position in positions:
+                self._ledger.move(position, State.DISPATCHED)
+            schedule = self._schedule
+            per_rank = split_step(samples, schedule.world_size, schedule.micro_batch_tokens)
+            self._manifests[self._last_step] = StepManifest(self._last_step, per_rank)
+            self._cursors[self._last_step] = self._composed = end
+
+    def _next_samples(self) -> tuple[list[int], int] | None:
+        """Positions of the next step, and where it ends; None while a sample is missing."""
+        positions: list[int] = []
+        for position in range(self._composed, len(self._ledger)):
+            state = self._ledger.state(position)
+            if state is State.READY:
+                positions.append(position)
+            elif state is not State.REJECTED:
+                return None
+            if len(positions) == self._schedule.global_batch_size:
+                return positions, position + 1
+        return (positions, len(self._ledger)) if positions else None
+
+    @property
+    def _all_composed(self) -> bool:
+        left = range(self._composed, len(self._ledger))
+        return all(self._ledger.state(position) is State.REJECTED for position in left)
+
+    async def next_step(self, rank: int, step: int) -> tuple[MicroBatch, ...] | None:
+        """A rank's micro-batches of ``step``, once its samples are there; None past the end.
+
+        Raises:
+            TorchSpecError: The run has failed.
+        """
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: self._error or step in self._manifests or self._all_composed
+            )
+        if self._error is not None:
+            raise self._error
+        manifest = self._manifests.get(step)
+        return None if manifest is None else manifest.per_rank[rank]
+
+    async def report(self, report: StepReport) -> None:
+        """One rank has finished a step. When all have, the step's samples count as trained."""
+        reports = self._reports.setdefault(report.step, [])
+        reports.append(report)
+        if len(reports) < self._schedule.world_size:
+            return
+        del self._reports[report.step], self._manifests[report.step]
+        for done in reports:
+            for key in done.trained:
+                self._ledger.move(self._position(key), State.TRAINED)
+            for failure in done.rejected:
+                self._reject(self._position(failure.key), failure)
+        self._metrics += [r.metrics for r in reports if r.metrics is not None]
+        self._reported_step = report.step
+        await self._wake()
+
+    def _position(self, key: SampleKey) -> int:
+        """Where a key's prompt stands; asked once, when its fate is sealed."""
+        return self._positions.pop((key.epoch, key.prompt_id))
+
+    async def ledger_state(self, step: int) -> dict[str, Any]:
+        """The accounts after ``step``, once every rank has reported it."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._error or self._reported_step >= step)
+        if self._error is not None:
+            raise self._error
+        return self._ledger.snapshot(self._cursors[step])
+
+    # Towards the driver
+
+    async def progress(self, num_seen: int) -> list[StepMetrics]:
+        """Metrics of the steps after the first ``num_seen`` finished ones, as soon as there are."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._error or len(self._metrics) > num_seen)
+        if self._error is not None:
+            raise self._error
+        return self._metrics[num_seen:]
+
+    async def finish(self) -> RunTotals:
+        """Settle the accounts.
+
+        Raises:
+            LedgerError: A prompt is neither trained nor rejected.
+        """
+        self._ledger.settle()
+        return RunTotals(
+            num_steps=self._last_step,
+            num_trained=self._ledger.count(State.TRAINED),
+            num_rejected=self._ledger.count(State.REJECTED),
+            rejected=self._ledger.rejections(),
+        )
+
+    async def _wake(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()

@@ -1,0 +1,194 @@
+"""An engine that runs the target through Hugging Face transformers, one prompt at a time.
+
+One prompt a forward keeps a capture independent of what it happens to be batched with, so
+that a resumed run sees bit for bit the same states. The fast engine is SGLang's.
+"""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from torchspec_lib.errors import EngineError, StoreFullError, StoreUnavailableError
+from torchspec_lib.inference.engine.base import SelfCheck
+from torchspec_lib.models.target_head import TargetHead
+from torchspec_lib.target import TargetSpec
+from torchspec_lib.transfer.store import TensorStore
+from torchspec_lib.types import (
+    CaptureFailure,
+    CaptureRequest,
+    CaptureResult,
+    Prompt,
+    SampleKey,
+)
+
+logger = logging.getLogger(__name__)
+
+MAX_LOGIT_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Largest difference of rebuilt logits, relative to the largest logit, by dtype."""
+
+
+class HFEngine:
+    """Captures with forward hooks on the auxiliary layers and on the final norm."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target: TargetSpec,
+        aux_layer_ids: Sequence[int],
+        store: TensorStore,
+    ) -> None:
+        """``model`` is the target as a causal LM, in eval mode on its device."""
+        self._model, self._target, self._store = model, target, store
+        self._aux_layer_ids = tuple(aux_layer_ids)
+        self._decoder, self._layers, self._final_norm = _parts(model)
+        parameter = next(model.parameters())
+        self._device, self._dtype = parameter.device, parameter.dtype
+
+    @classmethod
+    def load(
+        cls,
+        target: TargetSpec,
+        aux_layer_ids: Sequence[int],
+        store: TensorStore,
+        dtype: str,
+        device: torch.device,
+        trust_remote_code: bool = False,
+    ) -> Self:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(
+            target.path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+        )
+        return cls(model.to(device).eval(), target, aux_layer_ids, store)
+
+    def capture(self, requests: Sequence[CaptureRequest]) -> list[CaptureResult]:
+        """Capture ``requests``: one result each, in order."""
+        return [self._capture_one(request) for request in requests]
+
+    def _capture_one(self, request: CaptureRequest) -> CaptureResult:
+        problem = self._problem(request.prompt)
+        if problem is not None:
+            return CaptureFailure(request.key, problem, retryable=False)
+        try:
+            return self._store.put(request.key, self._states(request.prompt))
+        except (StoreFullError, StoreUnavailableError) as error:
+            return CaptureFailure(request.key, type(error).__name__, retryable=True)
+        except RuntimeError as error:  # torch's own: out of memory, a kernel that failed
+            logger.warning("event=forward_failed sample=%s error=%s", request.key, error)
+            return CaptureFailure(request.key, "the target's forward failed", retryable=True)
+
+    def _problem(self, prompt: Prompt) -> str | None:
+        """Why the target can't run a prompt at all, if so."""
+        if prompt.num_tokens > self._target.max_position_embeddings:
+            return "longer than the target's max_position_embeddings"
+        ids = prompt.token_ids
+        if len(ids) == 0 or ids.min() < 0 or ids.max() >= self._target.vocab_size:
+            return "token ids outside the target's vocabulary"
+        return None
+
+    def _states(self, prompt: Prompt) -> dict[str, torch.Tensor]:
+        """What a sample holds; see ``SampleRef``."""
+        ids = torch.tensor(prompt.token_ids, dtype=torch.int32)
+        with torch.inference_mode(), self._hooks() as captured:
+            self._decoder(input_ids=ids[None].long().to(self._device), use_cache=False)
+            aux = torch.cat([captured[layer] for layer in self._aux_layer_ids], dim=-1)
+            return {
+                "input_ids": ids,
+                "loss_mask": torch.tensor(prompt.loss_mask, dtype=torch.bool),
+                "aux_hidden_states": aux.cpu(),
+                "last_hidden_states": captured[_FINAL_NORM].cpu(),
+            }
+
+    @contextmanager
+    def _hooks(self) -> Iterator[dict[int, torch.Tensor]]:
+        """Collects [T, Ht] states by layer id during a forward of one prompt."""
+        captured: dict[int, torch.Tensor] = {}
+
+        def hook(layer: int) -> Any:
+            def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                states = output[0] if isinstance(output, tuple) else output
+                captured[layer] = states[0]
+
+            return keep
+
+        handles = [self._layers[i].register_forward_hook(hook(i)) for i in self._aux_layer_ids]
+        handles.append(self._final_norm.register_forward_hook(hook(_FINAL_NORM)))
+        try:
+            yield captured
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def self_check(self) -> SelfCheck:
+        """Rebuild the target's logits from a captured sample, as read back from the store.
+
+        The reference is the target's plain forward, without hooks: its logits, and the states
+        it reports itself. Catches a layer off by one, a missing norm, a wrong dtype or order.
+
+        Raises:
+            EngineError: The states differ from the target's own.
+        """
+        prompt = _probe_prompt(self._target)
+        ref = self._store.put(
+            SampleKey.first("self-check", 0, prompt.prompt_id), self._states(prompt)
+        )
+        sample = self._store.get(ref, self._device)
+        self._store.release([ref.key])
+        with torch.inference_mode():
+            ids = torch.tensor(prompt.token_ids[None].astype("int64"), device=self._device)
+            plain = self._model(input_ids=ids, output_hidden_states=True, use_cache=False)
+        self._check_aux(sample["aux_hidden_states"], plain.hidden_states)
+        head = TargetHead.load(self._target, None, self._dtype).to(self._device)
+        rebuilt = head.teacher_logits(sample["last_hidden_states"]).float()
+        logits = plain.logits[0].float()
+        error = ((rebuilt - logits).abs().max() / logits.abs().max()).item()
+        agreement = (rebuilt.argmax(-1) == logits.argmax(-1)).float().mean().item()
+        if not error <= MAX_LOGIT_ERROR[self._dtype]:
+            raise EngineError(
+                "hf",
+                f"logits rebuilt from captured states are {error:.1%} off the target's own: its "
+                "last hidden state isn't taken after the final norm, or lm_head isn't plain",
+            )
+        return SelfCheck(prompt.num_tokens, error, agreement)
+
+    def _check_aux(self, captured: torch.Tensor, reported: Sequence[torch.Tensor]) -> None:
+        """Compare with the target's report, where entry L + 1 is the output of layer L."""
+        chunks = captured.chunk(len(self._aux_layer_ids), dim=-1)
+        for layer, chunk in zip(self._aux_layer_ids, chunks, strict=True):
+            if layer + 1 == len(self._layers):
+                continue  # transformers reports the last layer's output after the norm
+            if not torch.equal(chunk, reported[layer + 1][0]):
+                raise EngineError("hf", f"captured states of layer {layer} aren't that layer's")
+
+    def close(self) -> None:
+        """Forget the model; the store is its owner's to close."""
+        del self._model, self._decoder, self._layers, self._final_norm
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+_FINAL_NORM = -1
+"""Key of the state after the final norm, beside the layer ids."""
+
+
+def _parts(model: nn.Module) -> tuple[nn.Module, nn.ModuleList, nn.Module]:
+    """The decoder without its head, its layers, and its final norm."""
+    decoder = getattr(model, "model", None)
+    layers, norm = getattr(decoder, "layers", None), getattr(decoder, "norm", None)
+    if decoder is None or not isinstance(layers, nn.ModuleList) or norm is None:
+        raise EngineError(
+            "hf", f"{type(model).__name__} has no model.layers and model.norm to capture from"
+        )
+    return decoder, layers, norm
+
+
+def _probe_prompt(target: TargetSpec) -> Prompt:
+    """Distinct, spread-out ids: any mix-up of positions shows."""
+    num_tokens = min(32, target.max_position_embeddings)
+    ids = (np.arange(1, num_tokens + 1) * 7919) % target.vocab_size
+    return Prompt("probe", ids.astype(np.int32), np.ones(num_tokens, np.bool_))
