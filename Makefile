@@ -1,0 +1,45 @@
+# Two commands matter: `make demo` and `make test`. Each sets up what is missing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CONFIG ?= configs/tiny.yaml
+
+.PHONY: demo test check fmt setup package constraints clean
+.DEFAULT_GOAL := demo
+
+demo: $(READY)  ## prompts -> trained, evaluated and registered draft, on this machine
+	PATH="$(abspath $(BIN)):$$PATH" pyflyte run workflows/train_draft.py train_draft --inputs-file $(CONFIG)
+
+test: $(READY)  ## units, contracts, integration on a local Ray, Flyte
+	$(BIN)/pytest -q
+
+check: $(READY)  ## lint, types, import rules
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fmt: $(READY)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt tools/system_libraries.sh
+	sh tools/system_libraries.sh
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cpu,dev]'
+	touch $(READY)
+
+package: $(READY)  ## everything that a Flyte cluster registers, offline
+	$(BIN)/pyflyte --pkgs workflows package --image default=torchspec-flyte:cpu --image gpu=torchspec-flyte:gpu --output build/flyte-package.tgz -f
+
+constraints: $(READY)  ## pin what this environment has
+	{ head -n 1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable; } > constraints.new
+	mv constraints.new constraints.txt
+
+clean:
+	rm -rf build torchspec-data .mypy_cache .ruff_cache .pytest_cache
