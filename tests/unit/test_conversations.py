@@ -1,0 +1,237 @@
+import json
+import os
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from torchspec_lib.data.conversations import Message, open_source, read_conversations
+from torchspec_lib.errors import ConfigError, DataError
+
+OPENAI = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
+SHAREGPT = [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4"}]
+MESSAGES = (Message("user", "2 + 2?"), Message("assistant", "4"))
+
+
+def read(path):
+    return list(read_conversations(str(path), "train", "data.train[0]"))
+
+
+def write_lines(path, *rows):
+    path.write_text("".join(r if isinstance(r, str) else json.dumps(r) + "\n" for r in rows))
+    return path
+
+
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+@pytest.mark.parametrize("turns", [OPENAI, SHAREGPT])
+@pytest.mark.parametrize("form", ["jsonl", "json array", "json lines", "parquet"])
+def test_every_file_format_holds_both_forms_under_either_key(tmp_path, form, turns, key):
+    rows = [{key: turns, "id": "a"}, {key: turns}]
+    path = tmp_path / f"chats.{form.split()[0]}"
+    if form == "parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif form == "json array":
+        path.write_text(json.dumps(rows, indent=2))
+    else:
+        write_lines(path, *rows)
+    first, second = read(path)
+    assert first.messages == second.messages == MESSAGES
+    assert (first.source_id, second.source_id) == ("a", None)
+    place = ":2" if form in ("jsonl", "json lines") else " row 2"
+    assert second.where == f"{path}{place}"
+
+
+def test_a_row_may_leave_the_other_key_empty(tmp_path):
+    rows = [
+        {"messages": OPENAI, "conversations": None},
+        {"messages": None, "conversations": SHAREGPT},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "chats.parquet")
+    assert [c.messages for c in read(tmp_path / "chats.parquet")] == [MESSAGES, MESSAGES]
+
+
+def test_a_broken_line_is_named_by_its_number_blank_lines_included(tmp_path):
+    path = write_lines(tmp_path / "chats.jsonl", {"messages": OPENAI}, "\n", '{"messages": [}\n')
+    with pytest.raises(DataError, match=rf"{path}:3: is not valid JSON: .* column 15"):
+        read(path)
+
+
+def test_a_broken_array_is_named_by_its_line(tmp_path):
+    path = tmp_path / "chats.json"
+    path.write_text('[\n{"messages": []},\n{"messages" []}\n]')
+    with pytest.raises(DataError, match=r"not valid JSON: .* line 3 column 13"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ([1, 2], "is a list, not an object"),
+        ({"prompt": "hi"}, r"neither a list 'messages' .* \(its keys: prompt\)"),
+        ({}, "its keys: none"),
+        ({"messages": "hi"}, "neither a list"),
+        ({"messages": []}, "neither a list|no assistant turn"),
+        ({"messages": ["hi"]}, "message 0: is a str, not an object"),
+        (
+            {"messages": [{"role": "robot", "content": "x"}]},
+            "message 0: has the unknown role 'robot'",
+        ),
+        (
+            {"messages": [OPENAI[0], {"role": "assistant", "content": " \n"}]},
+            "message 1: has no content",
+        ),
+        ({"messages": [OPENAI[0], {"role": "assistant"}]}, "message 1: has no content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+            "content that is no text",
+        ),
+        ({"messages": [{**OPENAI[1], "tool_calls": [{"id": 1}]}]}, "carries 'tool_calls'"),
+        ({"messages": OPENAI[:1]}, "has no assistant turn"),
+    ],
+)
+def test_a_row_that_is_no_conversation_is_named_with_its_line(tmp_path, row, problem):
+    path = write_lines(tmp_path / "chats.jsonl", {"messages": OPENAI}, row)
+    with pytest.raises(DataError, match=rf"{path}:2.*({problem})"):
+        read(path)
+
+
+def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path):
+    path = tmp_path / "chats.jsonl"
+    path.write_bytes(json.dumps({"messages": OPENAI}).encode() + b'\n{"messages": "\xe9"}\n')
+    with pytest.raises(DataError, match=rf"{path}:2: is not UTF-8"):
+        read(path)
+
+
+@pytest.mark.parametrize("name", ["empty.jsonl", "empty.json"])
+def test_a_file_without_conversations_is_refused(tmp_path, name):
+    (tmp_path / name).write_text("\n")
+    with pytest.raises(DataError, match="holds no conversation"):
+        read(tmp_path / name)
+
+
+def test_a_file_that_is_no_parquet_is_refused(tmp_path):
+    (tmp_path / "chats.parquet").write_text("no parquet")
+    with pytest.raises(DataError, match="not readable as Parquet"):
+        read(tmp_path / "chats.parquet")
+
+
+def test_a_parquet_file_without_conversations_is_refused_with_its_columns(tmp_path):
+    pq.write_table(pa.table({"prompt": ["hi"]}), tmp_path / "chats.parquet")
+    with pytest.raises(DataError, match=r"chats.parquet row 1: .* \(its keys: prompt\)"):
+        read(tmp_path / "chats.parquet")
+
+
+@pytest.mark.parametrize("name", ["chats.csv", "chats", "folder.jsonl"])
+def test_an_unknown_kind_of_file_is_refused(tmp_path, name):
+    path = tmp_path / name
+    path.mkdir() if name.startswith("folder") else path.write_text("a,b\n")
+    with pytest.raises(DataError, match=r"not \.json, \.jsonl, \.parquet"):
+        read(path)
+
+
+def test_a_missing_file_is_named_with_its_setting():
+    with pytest.raises(ConfigError, match=r"data\.train\[0\]: 'nowhere/chats.jsonl' doesn't exist"):
+        read("nowhere/chats.jsonl")
+
+
+@pytest.mark.parametrize("source", ["nobody/no-such-data", "no id/at/all"])
+def test_what_is_neither_a_file_nor_reachable_is_named_with_its_setting(source):
+    with pytest.raises(
+        ConfigError, match=r"data\.train\[0\]: .* is no file here, and Hugging Face"
+    ):
+        read(source)
+
+
+def test_a_digest_follows_the_bytes_and_not_the_name(tmp_path):
+    one, same, other = (tmp_path / f"{name}.jsonl" for name in ("one", "same", "other"))
+    write_lines(one, {"messages": OPENAI})
+    write_lines(same, {"messages": OPENAI})
+    write_lines(other, {"messages": OPENAI}, "\n")
+    digests = [open_source(str(p), "train", "data.train[0]").digest() for p in (one, same, other)]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_neither_reading_nor_preparing_imports_torch_or_transformers():
+    code = (
+        "import sys, torchspec_lib.data.conversations, torchspec_lib.data.dataset\n"
+        "print(sorted({'torch', 'transformers', 'ray', 'datasets'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+COMMIT = "a" * 40
+ROW = (json.dumps({"messages": OPENAI}) + "\n").encode()
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of Hugging Face's HTTP interface as one data set of one file needs."""
+
+    def log_message(self, *args):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        entry = {"type": "file", "path": "train.jsonl", "size": len(ROW), "oid": "b" * 40}
+        if path == f"/datasets/me/chats/resolve/{COMMIT}/train.jsonl":
+            self.answer(200, ROW, {"ETag": '"c"', "X-Repo-Commit": COMMIT})
+        elif path.startswith(f"/api/datasets/me/chats/tree/{COMMIT}"):
+            self.answer(200, json.dumps([entry]).encode())
+        elif path in ("/api/datasets/me/chats", f"/api/datasets/me/chats/revision/{COMMIT}"):
+            files = [{"rfilename": "train.jsonl"}]
+            self.answer(
+                200, json.dumps({"id": "me/chats", "sha": COMMIT, "siblings": files}).encode()
+            )
+        else:
+            self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+
+    def answer(self, status, body, headers=None):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+
+@contextmanager
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_hugging_face_data_set_is_streamed_at_its_current_commit(tmp_path):
+    code = (
+        "from torchspec_lib.data.conversations import open_source\n"
+        "from torchspec_lib.errors import ConfigError\n"
+        "source = open_source('me/chats', 'train', 'data.train[0]')\n"
+        "print(source.digest())\n"
+        "print([(c.where, len(c.messages)) for c in source.conversations()])\n"
+        "try:\n"
+        "    list(open_source('me/chats', 'tset', 'data.train[0]').conversations())\n"
+        "except ConfigError as error:\n"
+        "    print(error)\n"
+    )
+    with hub() as url:
+        env = {**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        out = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120
+        )
+    assert out.returncode == 0, out.stderr
+    digest, rows, error = out.stdout.splitlines()
+    assert digest == f"me/chats@{COMMIT}#train"
+    assert rows == "[('me/chats[train] row 1', 2)]"
+    assert error.startswith("data.split: can't read me/chats: Bad split: tset")

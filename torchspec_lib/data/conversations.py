@@ -1,0 +1,253 @@
+"""Reads conversations from JSON, JSONL, Parquet and Hugging Face data sets, and checks each.
+
+Cheap to import and to run: neither torch nor transformers, so that a broken line is
+refused before anything is loaded.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from torchspec_lib.config import find_path
+from torchspec_lib.errors import ConfigError, DataError
+
+Rows = Iterator[tuple[str, Any]]
+"""Where a row stands, ``prompts.jsonl:17``, and what stands there."""
+
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+"""Role names of OpenAI's and ShareGPT's forms."""
+UNSUPPORTED_FIELDS = ("tool_calls", "function_call", "reasoning_content")
+"""Parts of an answer outside its text: left out unseen, a draft would be trained on a rest."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """What one side said: ``Message("user", "What is 2 + 2?")``."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages with at least one of the assistant's.
+
+    Example:
+        ``Conversation("prompts.jsonl:17", (Message("user", "Hi"), Message("assistant", "Hello")),
+        source_id="chat-0017")``
+    """
+
+    where: str
+    """File and line or row, for error messages."""
+    messages: tuple[Message, ...]
+    source_id: str | None
+    """The row's own ``id``, where it has one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A file or a pinned revision of a Hugging Face data set."""
+
+    name: str
+    """As the user wrote it."""
+    split: str
+    path: Path | None
+    """None for a Hugging Face data set."""
+    revision: str
+    """The data set's commit; empty for a file."""
+
+    def digest(self) -> str:
+        """Identifies the content: sha256 of a file's bytes, or data set, commit and split."""
+        if self.path is None:
+            return f"{self.name}@{self.revision}#{self.split}"
+        with self.path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    def conversations(self) -> Iterator[Conversation]:
+        """All conversations, in order.
+
+        Raises:
+            DataError: A row is no conversation, or there is none at all.
+        """
+        is_empty = True
+        for where, row in self._rows():
+            is_empty = False
+            yield _parse(row, where)
+        if is_empty:
+            raise DataError(self.name, "holds no conversation", "Add some, or leave it out")
+
+    def _rows(self) -> Rows:
+        if self.path is None:
+            return _read_hub(self.name, self.split, self.revision)
+        return READERS[self.path.suffix](self.path, self.name)
+
+
+def open_source(source: str, split: str, key: str) -> Source:
+    """Find a file, or else a Hugging Face data set and its current revision.
+
+    Args:
+        source: A path ending in .json, .jsonl or .parquet, or a data set id.
+        split: Which split of a Hugging Face data set to read.
+        key: The setting that names the source, such as ``data.train[0]``.
+
+    Raises:
+        ConfigError: There is no such file, and no such data set can be reached.
+        DataError: The file's format isn't known by its suffix.
+    """
+    try:
+        path = find_path(source, key)
+    except ConfigError:
+        if Path(source).suffix in READERS:
+            raise
+        return Source(source, split, path=None, revision=_hub_revision(source, key))
+    if path.suffix not in READERS or path.is_dir():
+        kind = "a folder" if path.is_dir() else f"a {path.suffix or 'file without suffix'}"
+        raise DataError(
+            source, f"is {kind}, not {', '.join(READERS)}", "Convert it, or name another file"
+        )
+    return Source(source, split, path=path, revision="")
+
+
+def read_conversations(source: str, split: str, key: str) -> Iterator[Conversation]:
+    """The conversations of one source; arguments and errors as for ``open_source``."""
+    return open_source(source, split, key).conversations()
+
+
+def _read_jsonl(path: Path, name: str) -> Rows:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{name}:{number}", _decode(line, f"{name}:{number}")
+
+
+def _read_json(path: Path, name: str) -> Rows:
+    """One array of rows, or as in JSONL a row per line."""
+    with path.open("rb") as file:
+        is_array = file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    if not is_array:
+        yield from _read_jsonl(path, name)
+        return
+    rows = _decode(path.read_bytes(), name)
+    for number, row in enumerate(rows, start=1):
+        yield f"{name} row {number}", row
+
+
+def _decode(text: bytes, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno} " if error.lineno > 1 else ""
+        raise DataError(
+            where,
+            f"is not valid JSON: {error.msg} at {line}column {error.colno}",
+            "Correct or remove it",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(where, f"is not UTF-8: {error.reason}", "Save it as UTF-8") from error
+
+
+def _read_parquet(path: Path, name: str) -> Rows:
+    try:
+        with pq.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{name} row {number}", row
+    except pa.ArrowException as error:
+        raise DataError(name, f"is not readable as Parquet: {error}", "Write it anew") from error
+
+
+READERS: dict[str, Callable[[Path, str], Rows]] = {
+    ".json": _read_json,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}
+
+
+def _hub_revision(source: str, key: str) -> str:
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        OfflineModeIsEnabled,
+    )
+
+    try:
+        return str(HfApi().dataset_info(source, timeout=10).sha)
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, httpx.HTTPError) as error:
+        raise ConfigError(
+            key,
+            f"{source!r} is no file here, and Hugging Face has no such data set or can't be "
+            f"reached ({type(error).__name__})",
+            "Correct it, or log in with HF_TOKEN if the data set is gated",
+        ) from error
+
+
+def _read_hub(name: str, split: str, revision: str) -> Rows:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, split=split, revision=revision, streaming=True)
+    except ValueError as error:  # also what an unknown split and a needed config name raise
+        raise ConfigError("data.split", f"can't read {name}: {error}", "Correct it") from error
+    for number, row in enumerate(rows, start=1):
+        yield f"{name}[{split}] row {number}", row
+
+
+def _parse(row: Any, where: str) -> Conversation:
+    if not isinstance(row, dict):
+        raise DataError(
+            where, f"is a {type(row).__name__}, not an object", 'Write {"messages": [...]}'
+        )
+    turns = row.get("messages") or row.get("conversations")
+    if not isinstance(turns, list):
+        raise DataError(
+            where,
+            "has neither a list 'messages' nor a list 'conversations'"
+            f" (its keys: {', '.join(row) or 'none'})",
+            'Write {"messages": [{"role": "user", "content": "..."}, ...]}',
+        )
+    messages = tuple(_parse_message(turn, f"{where}, message {i}") for i, turn in enumerate(turns))
+    if not any(message.role == "assistant" for message in messages):
+        raise DataError(where, "has no assistant turn to learn from", "Add one, or remove the row")
+    source_id = row.get("id")
+    return Conversation(where, messages, None if source_id is None else str(source_id))
+
+
+def _parse_message(turn: Any, where: str) -> Message:
+    if not isinstance(turn, dict):
+        raise DataError(
+            where,
+            f"is a {type(turn).__name__}, not an object",
+            'Write {"role": "user", "content": "..."}',
+        )
+    name = turn.get("role") or turn.get("from")
+    role = ROLES.get(name) if isinstance(name, str) else None
+    if role is None:
+        raise DataError(where, f"has the unknown role {name!r}", f"Use one of {', '.join(ROLES)}")
+    for field in UNSUPPORTED_FIELDS:
+        if turn.get(field):
+            raise DataError(
+                where, f"carries {field!r}, which isn't supported", "Put it into the content"
+            )
+    content = turn.get("content") or turn.get("value")
+    if not isinstance(content, str) or not content.strip():
+        kind = (
+            "no content" if not content or isinstance(content, str) else "content that is no text"
+        )
+        raise DataError(where, f"has {kind}", "Fill it in, or remove the conversation")
+    return Message(role, content)

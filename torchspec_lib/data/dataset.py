@@ -1,0 +1,294 @@
+"""Prepares a data set once for all runs that need the same, and reads it.
+
+A data set lies under the hash of everything that it was made from, so that an unchanged rerun
+finds it and changed content doesn't. It is written beside its place and then renamed: it is
+whole or it isn't there.
+"""
+
+import json
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from torchspec_lib.config import RunConfig
+from torchspec_lib.data.chat import ChatTokenizer
+from torchspec_lib.data.conversations import Conversation, Source
+from torchspec_lib.data.selection import HeldoutPrompt, Selection
+from torchspec_lib.data.sources import Sources
+from torchspec_lib.data.vocab import choose_draft_vocab
+from torchspec_lib.errors import ConfigError, DataError
+from torchspec_lib.results import DatasetManifest
+from torchspec_lib.target import TargetSpec
+from torchspec_lib.types import Prompt
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MANIFEST, VOCAB = "manifest.json", "vocab.json"
+PROMPTS, HELDOUT = "prompts.parquet", "heldout.parquet"
+ROW_GROUP_SIZE = 128
+"""Prompts that are decoded together when one of them is asked for."""
+CACHED_ROW_GROUPS = 32
+
+PROMPT_SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("loss_mask", pa.list_(pa.bool_())),
+        ("num_tokens", pa.int32()),
+        ("source", pa.string()),
+    ]
+)
+HELDOUT_SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("prompt_token_ids", pa.list_(pa.int32())),
+        ("text", pa.string()),
+        ("reference", pa.string()),
+    ]
+)
+
+logger = logging.getLogger(__name__)
+
+
+def prepare_dataset(run: RunConfig, target: TargetSpec) -> tuple[DatasetManifest, Path]:
+    """Tokenize ``run.data`` for ``target``, or find it done.
+
+    Returns:
+        The manifest, and the folder ``<data_root>/datasets/<dataset_id>`` that holds the data.
+
+    Raises:
+        ConfigError: A source doesn't exist, or the tokenizer or the draft's vocabulary doesn't fit.
+        DataError: A conversation is broken, or none is usable; the message names the place.
+    """
+    if (run.draft.vocab_size or 0) > target.vocab_size:
+        raise ConfigError(
+            "draft.vocab_size",
+            f"{run.draft.vocab_size} exceeds the target's {target.vocab_size} tokens",
+            "Lower it, or leave it out for all tokens",
+        )
+    sources = Sources.open(run.data)
+    dataset_id = sources.dataset_id(run, target)
+    folder = run.data_path / "datasets" / dataset_id
+    if not (folder / MANIFEST).is_file():
+        sources.check_files()
+        staging = folder.with_name(f".{dataset_id}-{os.getpid()}-{secrets.token_hex(4)}")
+        staging.mkdir(parents=True)
+        try:
+            _write(staging, run, target, sources, dataset_id)
+            _publish(staging, folder)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    manifest = DatasetManifest.model_validate_json((folder / MANIFEST).read_text())
+    logger.info(
+        "dataset id=%s prompts=%d heldout=%d",
+        dataset_id,
+        manifest.num_prompts,
+        manifest.num_heldout,
+    )
+    return manifest, folder
+
+
+class Prompts:
+    """The prompts of a prepared data set, read from disk as they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = pq.ParquetFile(path, memory_map=True)
+        metadata = self._file.metadata
+        sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        self._ends = np.cumsum(sizes)
+        """Index after the last prompt of each row group."""
+        self._row_group = lru_cache(CACHED_ROW_GROUPS)(self._file.read_row_group)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Prompt:
+        if not 0 <= index < len(self):
+            raise IndexError(f"prompt {index} of {len(self)}")
+        group = int(np.searchsorted(self._ends, index, side="right"))
+        table = self._row_group(group)
+        row = index - int(self._ends[group]) + table.num_rows
+        return Prompt(
+            table["prompt_id"][row].as_py(),
+            table["token_ids"][row].values.to_numpy(),
+            table["loss_mask"][row].values.to_numpy(zero_copy_only=False),
+        )
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def ids(self) -> list[str]:
+        ids: list[str] = self._column("prompt_id").to_pylist()
+        return ids
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int32]:
+        """Tokens of each prompt."""
+        lengths: npt.NDArray[np.int32] = self._column("num_tokens").to_numpy()
+        return lengths
+
+    def _column(self, name: str) -> Any:
+        return self._file.read(columns=[name])[name]
+
+
+def load_prompts(folder: Path) -> Prompts:
+    """The training prompts of a prepared data set; cheap however many there are."""
+    return Prompts(folder / PROMPTS)
+
+
+def load_heldout(folder: Path) -> list[HeldoutPrompt]:
+    """The held-out prompts of a prepared data set."""
+    rows = pq.read_table(folder / HELDOUT).to_pylist()
+    return [
+        HeldoutPrompt(
+            row["prompt_id"],
+            np.array(row["prompt_token_ids"], dtype=np.int32),
+            row["text"],
+            row["reference"],
+        )
+        for row in rows
+    ]
+
+
+def load_draft_vocab(folder: Path) -> npt.NDArray[np.int64] | None:
+    """[Vd] target ids, ascending; None where the draft has the target's whole vocabulary."""
+    path = folder / VOCAB
+    if not path.is_file():
+        return None
+    return np.array(json.loads(path.read_text())["draft_to_target"], dtype=np.int64)
+
+
+def summarize(folder: Path) -> "pd.DataFrame":
+    """How the prompts are spread: count, mean, deviation and quantiles of what each one has.
+
+    Returns:
+        Columns ``num_tokens``, ``num_loss_tokens`` and, for a pruned draft vocabulary,
+        ``vocab_coverage``: the share of a prompt's supervised tokens that lie in it.
+    """
+    import pandas as pd
+
+    draft_vocab = load_draft_vocab(folder)
+    parts = []
+    with pq.ParquetFile(folder / PROMPTS, memory_map=True) as file:
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group)
+            lengths = table["num_tokens"].to_numpy()
+            begins = np.cumsum(lengths) - lengths
+            mask = pc.list_flatten(table["loss_mask"]).to_numpy()
+            num_loss_tokens = np.add.reduceat(mask.astype(np.int64), begins)
+            part = {"num_tokens": lengths, "num_loss_tokens": num_loss_tokens}
+            if draft_vocab is not None:
+                is_in = np.isin(pc.list_flatten(table["token_ids"]).to_numpy(), draft_vocab)
+                covered = np.add.reduceat((mask & is_in).astype(np.int64), begins)
+                part["vocab_coverage"] = covered / num_loss_tokens
+            parts.append(pd.DataFrame(part))
+    return pd.concat(parts).describe(percentiles=[0.05, 0.25, 0.5, 0.75, 0.95])
+
+
+def decoded_spans(tokenizer: Any, prompt: Prompt) -> list[tuple[str, bool]]:
+    """A prompt as text, cut where supervision begins and ends: (text, is supervised)."""
+    cuts = np.flatnonzero(np.diff(prompt.loss_mask)) + 1
+    begins = [0, *cuts.tolist()]
+    ends = [*cuts.tolist(), prompt.num_tokens]
+    return [
+        (
+            tokenizer.decode(prompt.token_ids[begin:end], clean_up_tokenization_spaces=False),
+            bool(prompt.loss_mask[begin]),
+        )
+        for begin, end in zip(begins, ends, strict=True)
+    ]
+
+
+def _write(
+    folder: Path, run: RunConfig, target: TargetSpec, sources: Sources, dataset_id: str
+) -> None:
+    chat = ChatTokenizer.load(target.path, run.model.trust_remote_code)
+    selection = Selection(chat, run.data, target.vocab_size)
+    heldout = selection.heldout(_read(sources.heldout, "held-out"))
+    num_heldout = _write_rows(folder / HELDOUT, HELDOUT_SCHEMA, map(_heldout_row, heldout))
+    prompts = islice(selection.prompts(_read(sources.train, "train")), run.data.max_prompts)
+    num_prompts = _write_rows(folder / PROMPTS, PROMPT_SCHEMA, map(_prompt_row, prompts))
+    for field, count in (("train", num_prompts), ("heldout", num_heldout)):
+        if count == 0:
+            raise DataError(
+                f"data.{field}",
+                f"no conversation is usable; rejected: {dict(selection.rejected)}",
+                "Add conversations, or change data.max_length or data.min_loss_tokens",
+            )
+    if not selection.end_of_turn_ids():
+        logger.warning("no special token ends an answer: the draft won't learn where to stop")
+    manifest = DatasetManifest(
+        dataset_id=dataset_id,
+        num_prompts=num_prompts,
+        num_heldout=num_heldout,
+        num_tokens=selection.num_tokens,
+        num_loss_tokens=int(selection.token_counts.sum()),
+        longest=selection.longest,
+        rejected=dict(sorted(selection.rejected.items())),
+        draft_vocab_size=run.draft.vocab_size or target.vocab_size,
+        vocab_coverage=_write_vocab(folder / VOCAB, run.draft.vocab_size, selection, target),
+    )
+    (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+
+
+def _read(sources: Iterable[Source], what: str) -> Iterable[Conversation]:
+    conversations = chain.from_iterable(source.conversations() for source in sources)
+    return tqdm(conversations, f"tokenizing {what}", unit=" conversations", mininterval=1.0)
+
+
+def _write_rows(path: Path, schema: pa.Schema, rows: Iterator[Mapping[str, Any]]) -> int:
+    num_rows = 0
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        while batch := list(islice(rows, ROW_GROUP_SIZE)):
+            writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+            num_rows += len(batch)
+    return num_rows
+
+
+def _prompt_row(prompt_and_source: tuple[Prompt, str]) -> dict[str, Any]:
+    prompt, source = prompt_and_source
+    return {
+        "prompt_id": prompt.prompt_id,
+        "token_ids": prompt.token_ids,
+        "loss_mask": prompt.loss_mask,
+        "num_tokens": prompt.num_tokens,
+        "source": source,
+    }
+
+
+def _heldout_row(prompt: HeldoutPrompt) -> dict[str, Any]:
+    return {name: getattr(prompt, name) for name in HELDOUT_SCHEMA.names}
+
+
+def _write_vocab(path: Path, size: int | None, selection: Selection, target: TargetSpec) -> float:
+    """Write the draft vocabulary if it is pruned; returns the share of tokens it covers."""
+    counts = selection.token_counts
+    if size is None or size == len(counts):
+        return 1.0
+    always_in = selection.end_of_turn_ids() | set(target.eos_token_ids)
+    draft_vocab = choose_draft_vocab(counts, size, always_in)
+    path.write_text(json.dumps({"draft_to_target": draft_vocab.tolist()}))
+    return float(counts[draft_vocab].sum() / counts.sum())
+
+
+def _publish(staging: Path, folder: Path) -> None:
+    try:
+        staging.rename(folder)
+    except OSError:
+        if not (folder / MANIFEST).is_file():  # else another process has just made the same
+            raise

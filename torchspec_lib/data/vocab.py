@@ -1,0 +1,66 @@
+"""The draft vocabulary: which target tokens a draft can propose, and how ids map.
+
+``V`` target vocabulary, ``Vd`` draft vocabulary. Draft ids ascend with target ids.
+"""
+
+from collections.abc import Collection
+
+import numpy as np
+import numpy.typing as npt
+
+from torchspec_lib.errors import ConfigError
+
+
+def choose_draft_vocab(
+    counts: npt.NDArray[np.int64], size: int, always_in: Collection[int]
+) -> npt.NDArray[np.int64]:
+    """The most frequent target tokens; ties and unused tokens go to the lower id.
+
+    Args:
+        counts: [V], how often each target token is supervised.
+        size: Vd.
+        always_in: Target ids that are in however rare: a draft that can't end a turn is useless.
+
+    Returns:
+        [Vd] target ids, ascending.
+
+    Raises:
+        ConfigError: ``size`` exceeds V, or can't hold ``always_in``.
+
+    Example:
+        >>> choose_draft_vocab(np.array([0, 5, 0, 9, 5]), 3, always_in=[0])
+        array([0, 1, 3])
+    """
+    fixed = np.unique(np.fromiter(always_in, dtype=np.int64))
+    if not len(fixed) <= size <= len(counts):
+        raise ConfigError(
+            "draft.vocab_size",
+            f"{size} is impossible: the target has {len(counts)} tokens, "
+            f"and {len(fixed)} that end a turn must be in",
+            f"Set it within {len(fixed)}..{len(counts)}, or leave it out for all tokens",
+        )
+    by_frequency = np.argsort(-counts, kind="stable")
+    others = by_frequency[~np.isin(by_frequency, fixed)]
+    return np.sort(np.concatenate([fixed, others[: size - len(fixed)]]))
+
+
+def d2t_offsets(draft_to_target: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """[Vd] of offsets as serving engines read them: target id = ``j + d2t[j]``.
+
+    Example:
+        >>> d2t_offsets(np.array([0, 1, 3]))
+        array([0, 0, 1])
+    """
+    return draft_to_target - np.arange(len(draft_to_target), dtype=np.int64)
+
+
+def t2d_mask(draft_to_target: npt.NDArray[np.int64], vocab_size: int) -> npt.NDArray[np.bool_]:
+    """[V] bool: which target tokens the draft can propose.
+
+    Example:
+        >>> t2d_mask(np.array([0, 1, 3]), 5)
+        array([ True,  True, False,  True, False])
+    """
+    mask = np.zeros(vocab_size, dtype=np.bool_)
+    mask[draft_to_target] = True
+    return mask
