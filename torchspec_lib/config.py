@@ -280,5 +280,5 @@ def find_path(path: str, key: str) -> Path:
     for candidate in candidates:
         if candidate.exists():
             return candidate.resolve()
-    tried = " and ".join(str(candidate) for candidate in candidates)
+    tried = " and ".join(dict.fromkeys(str(candidate) for candidate in candidates))
     raise ConfigError(key, f"{path!r} doesn't exist (looked for {tried})", "Correct the path")

@@ -48,7 +48,7 @@ class PlacementError(UserError):
         return (
             f"can't place {self.asked}: the cluster has {self.present}, missing {self.missing}. "
             "Lower training.training_num_gpus_per_node or inference.inference_num_gpus, "
-            "or add nodes"
+            "or add nodes; without any GPU set cluster.device to cpu"
         )
 
 

@@ -59,6 +59,11 @@ class ClusterPlan(Settings):
     def num_gpus(self) -> int:
         return sum(bundle.num_gpus for bundle in self.bundles)
 
+    def owned_bytes(self, num_owners: int) -> int:
+        """What each of the store's owners lends: its share, and room for some samples at least."""
+        share = max(self.segment_bytes // num_owners, 3 * self.sample_bytes)
+        return math.ceil(share / SEGMENT_STEP_BYTES) * SEGMENT_STEP_BYTES
+
     def reserved_bytes(self, num_tokens: int) -> int:
         """Upper bound of a packed sample's size."""
         return num_tokens * self.bytes_per_token + SAMPLE_OVERHEAD_BYTES

@@ -11,7 +11,7 @@ from torchspec_lib.controller.inference_manager import CapturePolicy, InferenceM
 from torchspec_lib.controller.training_controller import Schedule, TrainingController
 from torchspec_lib.data.dataset import load_prompts
 from torchspec_lib.plan import ClusterPlan
-from torchspec_lib.ray.train_group import unwrap
+from torchspec_lib.ray.failures import unwrap
 from torchspec_lib.types import CaptureRequest, CaptureResult, SampleKey
 
 

@@ -33,6 +33,8 @@ class EngineActor(RayActor):
         """Free samples that nobody will read."""
         self._store.release(keys)
 
-    def close(self) -> None:
+    def exit(self) -> None:
+        """Free the device, leave the store, and end this actor's process."""
         self._engine.close()
         self._store.close()
+        super().exit()

@@ -61,7 +61,7 @@ class HFEngine:
     ) -> Self:
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
             target.path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
         )
         return cls(model.to(device).eval(), target, aux_layer_ids, store)

@@ -1,0 +1,100 @@
+"""The checks and the plan that precede a training run: everything knowable is refused here.
+
+Nothing in this module starts an actor or reads a weight.
+"""
+
+import logging
+import os
+from pathlib import Path
+
+import psutil
+
+from torchspec_lib.config import RunConfig, find_path
+from torchspec_lib.errors import ConfigError
+from torchspec_lib.plan import ClusterPlan, make_plan
+from torchspec_lib.ray.capacity import missing_resources, placement_error
+from torchspec_lib.results import DatasetManifest
+from torchspec_lib.target import TargetSpec, aux_layer_ids, read_target
+
+logger = logging.getLogger(__name__)
+
+PROCESS_BYTES = 600 << 20
+"""Resident memory of a Python process with torch and transformers, before any weights."""
+
+
+def preflight(run: RunConfig) -> TargetSpec:
+    """Check a configuration against the target and this machine, in a second.
+
+    Raises:
+        ConfigError: A setting is impossible, with its full path and what to change.
+        PlacementError: More GPUs are asked for than there are.
+    """
+    target = read_target(run.model)
+    aux_layer_ids(run.draft, target)
+    for name in ("train", "heldout"):
+        for index, source in enumerate(getattr(run.data, name)):
+            if Path(source).suffix:
+                find_path(source, f"data.{name}[{index}]")
+    _check_sizes(run, target)
+    plan = make_plan(run, target, num_prompts=0, longest=run.data.max_length)
+    _check_machine(plan)
+    return target
+
+
+def provision(run: RunConfig, manifest: DatasetManifest) -> ClusterPlan:
+    """Plan the cluster for a prepared data set, and check it against what is there.
+
+    Raises:
+        ConfigError: A setting is impossible.
+        PlacementError: The cluster can't hold the plan.
+    """
+    target = preflight(run)
+    plan = make_plan(run, target, manifest.num_prompts, manifest.longest)
+    _check_machine(plan)
+    return plan
+
+
+def _check_sizes(run: RunConfig, target: TargetSpec) -> None:
+    if run.data.max_length > target.max_position_embeddings:
+        raise ConfigError(
+            "data.max_length",
+            f"{run.data.max_length} tokens are more than the target's "
+            f"{target.max_position_embeddings} positions",
+            f"Use at most {target.max_position_embeddings}",
+        )
+    if run.draft.vocab_size is not None and run.draft.vocab_size > target.vocab_size:
+        raise ConfigError(
+            "draft.vocab_size",
+            f"{run.draft.vocab_size} is more than the target's {target.vocab_size} tokens",
+            "Lower it, or leave it out for the whole vocabulary",
+        )
+
+
+def _check_machine(plan: ClusterPlan) -> None:
+    """Without RAY_ADDRESS everything runs on this machine, so its size is known."""
+    if os.environ.get("RAY_ADDRESS", "local") != "local":
+        return
+    num_gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    # Cores are shared by any number of actors, GPUs are not.
+    machine = {"GPU": num_gpus, "CPU": sum(bundle.num_cpus for bundle in plan.bundles)}
+    missing = missing_resources(plan, [machine])
+    if missing is not None:
+        raise placement_error(plan, [machine | {"CPU": os.cpu_count() or 1}], missing)
+    needed = _host_bytes(plan)
+    available = psutil.virtual_memory().available
+    if needed > available:
+        gib = 1 << 30
+        raise ConfigError(
+            "cluster",
+            f"{len(plan.bundles)} actors and the store need some {needed / gib:.1f} GiB of memory, "
+            f"{available / gib:.1f} GiB are free",
+            "Use fewer trainer ranks or engines, a shorter data.max_length, or a smaller target",
+        )
+
+
+def _host_bytes(plan: ClusterPlan) -> int:
+    """Host memory of a run on one node: processes, the store, and weights that aren't on a GPU."""
+    num_actors = plan.num_engines + len(plan.training_bundles)
+    weights = plan.num_engines * plan.weight_bytes if plan.device == "cpu" else 0
+    buffers = 4 * num_actors * plan.sample_bytes
+    return num_actors * PROCESS_BYTES + plan.segment_bytes + buffers + weights
