@@ -1,0 +1,123 @@
+"""A micro-batch: samples packed one after the other, without padding.
+
+Shapes: ``T`` tokens of the whole pack, ``D`` documents (samples), ``A`` width of the
+concatenated auxiliary states (n * Ht), ``H`` here the target's hidden size.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+_INT_DTYPES = (torch.int32, torch.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PackedBatch:
+    """Samples of one forward and backward.
+
+    Example:
+        Two samples of 3 and 2 tokens: ``doc_starts == (0, 3, 5)``.
+    """
+
+    input_ids_T: Tensor
+    """int64."""
+    loss_mask_T: Tensor
+    """bool: which tokens are the assistant's."""
+    aux_states_TA: Tensor
+    last_states_TH: Tensor
+    """After the target's final norm."""
+    doc_starts: tuple[int, ...]
+    """D + 1 entries: where each document starts, and T."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.doc_starts[-1]
+
+    @property
+    def positions_T(self) -> Tensor:
+        """int64: each token's position within its document."""
+        device = self.input_ids_T.device
+        starts, lengths = self._starts_and_lengths()
+        return torch.arange(self.num_tokens, device=device) - starts.repeat_interleave(lengths)
+
+    @property
+    def documents_T(self) -> Tensor:
+        """int64: which document each token belongs to, from 0."""
+        starts, lengths = self._starts_and_lengths()
+        return torch.arange(len(starts), device=starts.device).repeat_interleave(lengths)
+
+    @property
+    def doc_ends_T(self) -> Tensor:
+        """int64: index one past the last token of each token's document."""
+        starts, lengths = self._starts_and_lengths()
+        return (starts + lengths).repeat_interleave(lengths)
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        return PackedBatch(
+            self.input_ids_T.to(device, non_blocking=True),
+            self.loss_mask_T.to(device, non_blocking=True),
+            self.aux_states_TA.to(device, non_blocking=True),
+            self.last_states_TH.to(device, non_blocking=True),
+            self.doc_starts,
+        )
+
+    def _starts_and_lengths(self) -> tuple[Tensor, Tensor]:
+        """[D] each, int64, on the batch's device."""
+        bounds = torch.tensor(self.doc_starts, device=self.input_ids_T.device)
+        return bounds[:-1], bounds.diff()
+
+
+def pack(samples: Sequence[Mapping[str, Tensor]]) -> PackedBatch:
+    """Pack samples as the store hands them out (see ``types.SampleRef``), in this order.
+
+    Raises:
+        ValueError: No samples, or one whose tensors don't fit each other or its neighbours.
+    """
+    if not samples:
+        raise ValueError("no samples to pack: a rank without any takes empty_batch()")
+    widths = samples[0]["aux_hidden_states"].shape[-1], samples[0]["last_hidden_states"].shape[-1]
+    for i, sample in enumerate(samples):
+        _check(i, sample, *widths)
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    return PackedBatch(
+        torch.cat([sample["input_ids"] for sample in samples]).long(),
+        torch.cat([sample["loss_mask"] for sample in samples]),
+        torch.cat([sample["aux_hidden_states"] for sample in samples]),
+        torch.cat([sample["last_hidden_states"] for sample in samples]),
+        tuple(accumulate(lengths, initial=0)),
+    )
+
+
+def empty_batch(aux_width: int, hidden: int, dtype: torch.dtype) -> PackedBatch:
+    """One unsupervised token: lets a rank without samples take part in the collectives."""
+    return PackedBatch(
+        torch.zeros(1, dtype=torch.int64),
+        torch.zeros(1, dtype=torch.bool),
+        torch.zeros(1, aux_width, dtype=dtype),
+        torch.zeros(1, hidden, dtype=dtype),
+        (0, 1),
+    )
+
+
+def _check(index: int, sample: Mapping[str, Tensor], aux_width: int, hidden: int) -> None:
+    num_tokens = sample["input_ids"].shape[0]
+    expected = {
+        "input_ids": (num_tokens,),
+        "loss_mask": (num_tokens,),
+        "aux_hidden_states": (num_tokens, aux_width),
+        "last_hidden_states": (num_tokens, hidden),
+    }
+    for name, shape in expected.items():
+        if tuple(sample[name].shape) != shape or num_tokens == 0:
+            raise ValueError(
+                f"sample {index}: {name} has shape {list(sample[name].shape)}, not {list(shape)} "
+                "of at least one token"
+            )
+    if sample["loss_mask"].dtype != torch.bool or sample["input_ids"].dtype not in _INT_DTYPES:
+        raise ValueError(
+            f"sample {index}: input_ids must be int32 or int64 and loss_mask bool, not "
+            f"{sample['input_ids'].dtype} and {sample['loss_mask'].dtype}"
+        )
