@@ -1,0 +1,192 @@
+"""Whole training runs, each a process of its own: Ray, Mooncake, an engine, FSDP2 ranks."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from torchspec_lib.config import PROJECT_ROOT, RunConfig
+from torchspec_lib.models.export import load_draft
+from torchspec_lib.run_folder import RunFolder
+
+pytestmark = [pytest.mark.ray, pytest.mark.mooncake]
+
+TINY = PROJECT_ROOT / "examples" / "tiny_target"
+
+
+def config(data_root: Path, num_prompts: int = 24, **changes) -> RunConfig:
+    values = {
+        "model": {"target": str(TINY), "dtype": "float32"},
+        "data": {
+            "train": [str(TINY / "train.jsonl")],
+            "heldout": [str(TINY / "heldout.jsonl")],
+            "max_length": 512,
+            "max_prompts": num_prompts,
+        },
+        "draft": {"vocab_size": 256, "ttt_steps": 3},
+        "training": {
+            "training_num_gpus_per_node": 2,
+            "global_batch_size": 5,
+            "learning_rate": 5e-3,
+            "compute_dtype": "float32",
+        },
+        "cluster": {"device": "cpu"},
+        "data_root": str(data_root),
+    }
+    return RunConfig.model_validate(values | changes)
+
+
+class Driver:
+    """A run in a process, and everything that it started."""
+
+    def __init__(self, run: RunConfig, tmp_path: Path) -> None:
+        file = tmp_path / "run.json"
+        file.write_text(run.model_dump_json())
+        self.temp = tmp_path / "t"
+        self.temp.mkdir(exist_ok=True)
+        env = os.environ | {"TMPDIR": str(self.temp), "RAY_ADDRESS": "local"}
+        self._shm_before = shared_memory()
+        self._before = set(psutil.pids())
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.drive", str(file)],
+            cwd=PROJECT_ROOT,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def finish(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=240)
+        return self.process.returncode, out, err
+
+    def summary(self) -> dict:
+        code, out, err = self.finish()
+        assert code == 0, err[-3000:]
+        return json.loads(out.splitlines()[-1])
+
+    def leftovers(self) -> list[str]:
+        """Processes, shared memory and temporary folders that the run should have taken along."""
+        found = []
+        for process in psutil.process_iter(["pid", "cmdline"]):
+            command = " ".join(process.info["cmdline"] or [])
+            ours = any(word in command for word in ("mooncake_", "raylet", "gcs_server", "ray::"))
+            if ours and process.info["pid"] not in self._before:
+                found.append(command[:120])
+        found += sorted(shared_memory() - self._shm_before)
+        return found + [str(path) for path in self.temp.iterdir() if path.name.startswith("ts-")]
+
+
+def shared_memory() -> set[str]:
+    return {str(path) for path in Path("/dev/shm").iterdir()}
+
+
+def wait_for(condition, what: str, timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"no {what} after {timeout_s} s"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One undisturbed run over two epochs with two ranks, and what it left."""
+    tmp_path = tmp_path_factory.mktemp("run")
+    run = config(tmp_path / "data")
+    run = run.model_copy(update={"training": run.training.model_copy(update={"num_epochs": 2})})
+    driver = Driver(run, tmp_path)
+    return run, driver.summary(), driver.leftovers(), tmp_path
+
+
+def test_every_prompt_of_every_epoch_is_accounted_for(finished):
+    _, summary, _, _ = finished
+    assert summary["num_trained"] == 48
+    assert summary["num_trained"] + summary["num_rejected"] == summary["num_prompts"] * 2
+    assert summary["num_steps"] == 10
+
+
+def test_the_draft_is_exported_and_its_loss_fell(finished):
+    run, summary, _, _ = finished
+    steps = RunFolder.of(run, summary["run_id"]).read_metrics()
+    assert [step.step for step in steps] == list(range(1, 11))
+    assert steps[-1].loss < 0.8 * steps[0].loss
+    assert load_draft(Path(summary["draft_dir"])).config.draft_vocab_size == 256
+
+
+def test_hidden_states_do_not_pass_through_rays_object_store(finished):
+    _, summary, _, _ = finished
+    assert summary["bytes_streamed"] > 5_000_000
+    assert summary["object_store_bytes"] < 0.02 * summary["bytes_streamed"]
+
+
+def test_a_finished_run_leaves_nothing_behind(finished):
+    assert finished[2] == []
+
+
+def test_a_finished_run_is_not_trained_again(finished):
+    run, summary, _, tmp_path = finished
+    again = Driver(run, tmp_path).summary()
+    assert not again["used_ray"]
+    assert {key: again[key] for key in ("run_id", "num_steps", "loss")} == {
+        key: summary[key] for key in ("run_id", "num_steps", "loss")
+    }
+
+
+def test_embedded_mode_and_one_rank_train_as_well(tmp_path):
+    run = config(
+        tmp_path / "data",
+        num_prompts=10,
+        transfer={"mode": "embedded"},
+        training={"global_batch_size": 4, "compute_dtype": "float32"},
+    )
+    summary = Driver(run, tmp_path).summary()
+    assert (summary["num_trained"], summary["num_steps"]) == (10, 3)
+
+
+def test_colocated_engines_and_trainers_share_their_bundles(tmp_path):
+    run = config(
+        tmp_path / "data",
+        num_prompts=10,
+        cluster={"device": "cpu", "placement": "colocate"},
+        inference={"inference_num_gpus": 2},
+    )
+    assert Driver(run, tmp_path).summary()["num_trained"] == 10
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing_behind(tmp_path, number):
+    run = config(tmp_path / "data", num_prompts=600)
+    driver = Driver(run, tmp_path)
+    metrics = tmp_path / "data" / "runs"
+    wait_for(lambda: list(metrics.glob("*/metrics.jsonl")), "first step")
+    driver.process.send_signal(number)
+    code, _, _ = driver.finish()
+    assert code != 0
+    wait_for(lambda: not driver.leftovers(), f"end of {driver.leftovers()}", timeout_s=20)
+
+
+def test_a_killed_run_resumes_from_its_checkpoint_and_the_accounts_add_up(tmp_path):
+    training = {
+        "training_num_gpus_per_node": 1,
+        "global_batch_size": 4,
+        "compute_dtype": "float32",
+        "checkpoint_interval": 5,
+    }
+    run = config(tmp_path / "data", num_prompts=120, training=training)
+    driver = Driver(run, tmp_path)
+    runs = tmp_path / "data" / "runs"
+    wait_for(lambda: list(runs.glob("*/checkpoints/step_000005")), "checkpoint")
+    driver.process.kill()
+    driver.finish()
+    wait_for(lambda: not [p for p in driver.leftovers() if "ts-" not in p], "end of the actors", 60)
+    summary = Driver(run, tmp_path).summary()
+    assert summary["resumed_from_step"] >= 5
+    assert (summary["num_trained"], summary["num_steps"]) == (120, 30)
+    steps = RunFolder.of(run, summary["run_id"]).read_metrics()
+    assert [step.step for step in steps] == list(range(1, 31))

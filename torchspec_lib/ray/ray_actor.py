@@ -1,0 +1,76 @@
+"""The base of every actor that works on a device."""
+
+import logging
+import os
+import socket
+from typing import TYPE_CHECKING, Literal
+
+import ray
+
+from torchspec_lib import logs
+from torchspec_lib.errors import DependencyError
+
+if TYPE_CHECKING:
+    import torch
+
+
+class HeldPort:
+    """A TCP port of this node that nobody else can get until it is released.
+
+    A port that is merely found free can be lost before it is used. Release this one right
+    before its listener starts; where a listener can choose its port itself (port 0), let it.
+    """
+
+    def __init__(self) -> None:
+        self._socket = socket.socket()
+        self._socket.bind(("", 0))
+        self.port: int = self._socket.getsockname()[1]
+
+    def release(self) -> None:
+        """Let a listener have the port. Safe to call twice."""
+        self._socket.close()
+
+
+class RayActor:
+    """A device-bound actor: ready once constructed, on the GPU that Ray gave it.
+
+    Ray shows an actor only its own GPUs, so that ``cuda:0`` is always the right one. INFO
+    lines are for the driver; what an actor logs from WARNING up reaches the driver's terminal.
+    """
+
+    def __init__(self, role: str, rank: int, device: Literal["cuda", "cpu"]) -> None:
+        """Set up logging and the device.
+
+        Raises:
+            DependencyError: ``device`` is ``cuda`` and torch sees no GPU here.
+        """
+        logs.setup(role, rank, logging.WARNING)
+        self.node_ip: str = ray.util.get_node_ip_address()
+        self.device = _use_device(device, self.node_ip)
+
+    def hold_port(self) -> HeldPort:
+        """Take a port of this node, and keep it until ``release()``."""
+        return HeldPort()
+
+    def ping(self) -> None:
+        """Answers once the constructor is through, or with what it raised."""
+
+    def exit(self) -> None:
+        """End this actor's process after the calls before this one; ``atexit`` handlers run."""
+        ray.actor.exit_actor()
+
+
+def _use_device(device: Literal["cuda", "cpu"], node_ip: str) -> "torch.device":
+    import torch
+
+    os.environ["LOCAL_RANK"] = "0"
+    if device == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise DependencyError(
+            f"torch {torch.__version__} sees no CUDA device on node {node_ip}",
+            "Install a CUDA build of torch and the NVIDIA driver there, "
+            "or set cluster.device to cpu",
+        )
+    torch.cuda.set_device(0)
+    return torch.device("cuda", 0)
