@@ -18,6 +18,13 @@ from torchspec_lib.joint_cluster import joint_cluster
 from torchspec_lib.pipeline import preflight, provision
 
 
+def object_store_bytes() -> int:
+    """Bytes of every object that was ever put into this node's object store."""
+    (node,) = ray.nodes()
+    stats = node_stats(node["NodeManagerAddress"], node["NodeManagerPort"])
+    return stats.store_stats.cumulative_created_bytes
+
+
 def main(config: str) -> None:
     run = RunConfig.model_validate_json(Path(config).read_text())
     manifest, dataset_dir = prepare_dataset(run, preflight(run))
@@ -25,7 +32,7 @@ def main(config: str) -> None:
     with joint_cluster(run, plan, dataset_dir, manifest) as cluster:
         summary = cluster.train()
         used_ray = ray.is_initialized()
-        created = node_stats().store_stats.cumulative_created_bytes if used_ray else 0
+        created = object_store_bytes() if used_ray else 0
     result = {"used_ray": used_ray, "object_store_bytes": created}
     print(json.dumps(summary.model_dump() | result))
 

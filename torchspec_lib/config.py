@@ -103,7 +103,7 @@ class TrainingConfig(Settings):
     """Whether every token or every sample weighs alike."""
     depth_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
     """Depth k of the training-time test weighs ``depth_decay ** k``."""
-    compute_dtype: DType = "bfloat16"
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Matrix products; parameters, softmax and gradient sums are always float32."""
     prefetch_steps: PositiveInt = 2
     """Steps whose samples a rank fetches ahead."""

@@ -101,7 +101,6 @@ def _bring_up(stack: ExitStack, inputs: RunInputs) -> "TrainingRun":
     specs = [
         TrainerSpec(
             run=run,
-            run_id=inputs.run_id,
             target=inputs.target,
             plan=plan,
             dataset_dir=str(inputs.dataset_dir),

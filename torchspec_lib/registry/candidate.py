@@ -1,0 +1,52 @@
+"""A draft that asks to be registered, and where it comes from."""
+
+import hashlib
+import importlib.metadata
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchspec_lib.config import PROJECT_ROOT
+from torchspec_lib.results import DatasetManifest, EvalReport, TrainSummary
+from torchspec_lib.target import TargetSpec
+
+MODEL_CARD = "README.md"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A trained and evaluated draft with its lineage."""
+
+    draft_dir: Path
+    """The exported folder."""
+    target: TargetSpec
+    manifest: DatasetManifest
+    training: TrainSummary
+    report: EvalReport
+    step_metrics: Path
+    """JSON lines, one step each: ``StepMetrics`` with ``accept_rates`` and ``accept_length``."""
+    stage_s: Mapping[str, float]
+    """How long each stage of the pipeline took, in its order."""
+    champion_report: EvalReport | None = None
+    """The present champion under ``report``'s conditions; see ``champion_to_evaluate``."""
+
+
+def content_hash(draft_dir: Path) -> str:
+    """SHA-256 over the names and bytes of a draft's files; its model card doesn't count."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in draft_dir.rglob("*") if p.is_file() and p.name != MODEL_CARD):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        digest.update(f"{path.relative_to(draft_dir).as_posix()} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def code_version() -> str:
+    """The commit of a checkout, ``-dirty`` with local changes; else the package's version."""
+    git = shutil.which("git")
+    if git is None or not (PROJECT_ROOT / ".git").exists():
+        return importlib.metadata.version("torchspec-flyte")
+    describe = [git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    found = subprocess.run(describe, cwd=PROJECT_ROOT, capture_output=True, text=True, check=True)
+    return found.stdout.strip()

@@ -1,0 +1,198 @@
+"""The only place that speaks MLflow: an experiment for the curves, a registered model for drafts.
+
+Figures that decide about a draft are tags of its version, set when the version is created.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchspec_lib.config import RunConfig
+from torchspec_lib.registry.candidate import MODEL_CARD, Candidate, code_version
+from torchspec_lib.registry.gate import conditions
+from torchspec_lib.registry.model_card import model_card
+
+ALIAS = "champion"
+DRAFT_FOLDER = "draft"
+"""Where the exported draft lies among the artifacts."""
+MAX_METRICS, MAX_PARAMS = 1000, 100
+"""What MLflow takes in one request."""
+STEP_FIGURES = ("loss", "accept_length", "learning_rate", "grad_norm", "step_s", "wait_s")
+
+
+@dataclass(frozen=True, slots=True)
+class DraftVersion:
+    """A registered draft, and what its accept length was measured with."""
+
+    version: str
+    content: str
+    accept_length: float
+    conditions: str
+    target_fingerprint: str
+    source: str
+    """URI of the draft's files."""
+
+
+class MlflowStore:
+    """One registered model and its experiment, both named ``model_name``."""
+
+    def __init__(self, tracking_uri: str, model_name: str, artifacts: Path | None) -> None:
+        """``artifacts``: where new experiments keep files; the server decides if None."""
+        self.tracking_uri = tracking_uri
+        self._name, self._artifacts = model_name, artifacts
+        self._client = _client(tracking_uri)
+
+    def champion(self) -> DraftVersion | None:
+        """The version that bears the alias."""
+        models = self._client.search_registered_models(f"name = '{self._name}'")
+        if not models or ALIAS not in models[0].aliases:
+            return None
+        found = self._client.get_model_version(self._name, str(models[0].aliases[ALIAS]))
+        tags = found.tags
+        return DraftVersion(
+            version=str(found.version),
+            content=tags["draft_sha256"],
+            accept_length=float(tags["accept_length"]),
+            conditions=tags["conditions"],
+            target_fingerprint=tags["target_fingerprint"],
+            source=found.source,
+        )
+
+    def find(self, content: str) -> str | None:
+        """The version with this content, by its hash."""
+        query = f"name = '{self._name}' and tag.draft_sha256 = '{content}'"
+        versions = self._client.search_model_versions(query)
+        return str(versions[0].version) if versions else None
+
+    def add(self, run: RunConfig, candidate: Candidate, content: str) -> str:
+        """Log everything about a draft in a run of its own, then create its version."""
+        client, code = self._client, code_version()
+        tags = {"draft_sha256": content, **_lineage(candidate, code), **_figures(candidate)}
+        mlflow_run = client.create_run(
+            self._experiment_id(), run_name=candidate.training.run_id, tags=tags
+        )
+        run_id, status = mlflow_run.info.run_id, "FAILED"
+        try:
+            card = model_card(candidate, self._name, code)
+            client.log_artifacts(run_id, str(candidate.draft_dir), DRAFT_FOLDER)
+            client.log_text(run_id, card, f"{DRAFT_FOLDER}/{MODEL_CARD}")
+            client.log_text(run_id, run.model_dump_json(indent=2), "config.json")
+            client.log_text(run_id, candidate.report.model_dump_json(indent=2), "evaluation.json")
+            self._log_curves(run_id, candidate)
+            self._log_settings(run_id, run)
+            status = "FINISHED"
+        finally:
+            client.set_terminated(run_id, status)
+        if not client.search_registered_models(f"name = '{self._name}'"):
+            client.create_registered_model(self._name)
+        source = f"{mlflow_run.info.artifact_uri}/{DRAFT_FOLDER}"
+        created = client.create_model_version(self._name, source, run_id, tags=tags)
+        return str(created.version)
+
+    def update_figures(self, version: str, candidate: Candidate) -> None:
+        """Put the newest evaluation's figures on a version."""
+        for key, value in _figures(candidate).items():
+            self._client.set_model_version_tag(self._name, version, key, value)
+
+    def make_champion(self, version: str) -> None:
+        """Move the alias."""
+        self._client.set_registered_model_alias(self._name, ALIAS, version)
+
+    def download(self, draft: DraftVersion, folder: Path) -> Path:
+        """Copy a version's files under ``folder``; gives the draft's own folder."""
+        from mlflow.artifacts import download_artifacts
+
+        folder.mkdir(parents=True, exist_ok=True)
+        return Path(
+            download_artifacts(
+                artifact_uri=draft.source, dst_path=str(folder), tracking_uri=self.tracking_uri
+            )
+        )
+
+    def _experiment_id(self) -> str:
+        experiment = self._client.get_experiment_by_name(self._name)
+        if experiment is not None:
+            return str(experiment.experiment_id)
+        location = None if self._artifacts is None else self._artifacts.as_uri()
+        return str(self._client.create_experiment(self._name, artifact_location=location))
+
+    def _log_curves(self, run_id: str, candidate: Candidate) -> None:
+        from mlflow.entities import Metric
+
+        created_ms = self._client.get_run(run_id).info.start_time
+        lines = candidate.step_metrics.read_text().splitlines()
+        rows = [(row["step"], _step_figures(row)) for row in map(json.loads, lines)]
+        rows.append((candidate.training.num_steps, _eval_figures(candidate)))
+        metrics = [
+            Metric(name, value, created_ms, step)
+            for step, figures in rows
+            for name, value in figures.items()
+        ]
+        for start in range(0, len(metrics), MAX_METRICS):
+            self._client.log_batch(run_id, metrics=metrics[start : start + MAX_METRICS])
+
+    def _log_settings(self, run_id: str, run: RunConfig) -> None:
+        from mlflow.entities import Param
+
+        params = [Param(key, value) for key, value in _flat(run.model_dump(mode="json"))]
+        for start in range(0, len(params), MAX_PARAMS):
+            self._client.log_batch(run_id, params=params[start : start + MAX_PARAMS])
+
+
+def _client(tracking_uri: str) -> Any:
+    """A client that keeps its chatter, its progress bars and its telemetry to itself."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
+
+
+def _lineage(candidate: Candidate, code: str) -> dict[str, str]:
+    return {
+        "target": candidate.target.path,
+        "target_fingerprint": candidate.target.fingerprint,
+        "dataset_id": candidate.manifest.dataset_id,
+        "training_run_id": candidate.training.run_id,
+        "code_version": code,
+    }
+
+
+def _figures(candidate: Candidate) -> dict[str, str]:
+    report = candidate.report
+    return {
+        "accept_length": repr(report.accept_length),
+        "conditions": conditions(report),
+        "lossless": f"{report.num_lossless} of {report.num_prompts}",
+    }
+
+
+def _step_figures(row: Mapping[str, Any]) -> dict[str, float]:
+    rates = {f"accept_rate_{k}": rate for k, rate in enumerate(row["accept_rates"])}
+    return {name: row[name] for name in STEP_FIGURES} | rates
+
+
+def _eval_figures(candidate: Candidate) -> dict[str, float]:
+    report = candidate.report
+    rates = {f"eval/accept_rate_{k}": rate for k, rate in enumerate(report.accept_rates)}
+    return {
+        "eval/accept_length": report.accept_length,
+        "eval/measured_speedup": report.measured_speedup,
+        "eval/projected_speedup": report.projected_speedup,
+        **rates,
+    }
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every setting with its full path, as a text."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value)

@@ -1,0 +1,166 @@
+"""The registry of drafts: MLflow's, in an SQLite file under ``data_root`` or wherever it runs.
+
+One registered model holds the drafts of one target, a version each, known by their content.
+The alias ``champion`` is on the one with the longest accept length; what serves drafts follows
+it. A version is created when all its files and figures are there, so it is whole.
+"""
+
+import logging
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from torchspec_lib.config import RunConfig
+from torchspec_lib.errors import ConfigError
+from torchspec_lib.registry.candidate import Candidate, content_hash
+from torchspec_lib.registry.gate import GateDecision, check_champion, check_draft, conditions
+from torchspec_lib.registry.mlflow_store import DraftVersion, MlflowStore
+from torchspec_lib.registry.model_card import run_summary
+from torchspec_lib.results import EvalReport, RegisteredDraft
+from torchspec_lib.target import TargetSpec
+
+logger = logging.getLogger(__name__)
+
+
+def tracking_uri(run: RunConfig) -> str:
+    """Where drafts are registered: ``registry.tracking_uri``, else a file under ``data_root``."""
+    return run.registry.tracking_uri or f"sqlite:///{_database(run)}"
+
+
+def champion(run: RunConfig, target: TargetSpec) -> DraftVersion | None:
+    """The best draft so far, if there is one; cheap where nothing was ever registered.
+
+    Raises:
+        ConfigError: It is a draft for another target.
+    """
+    if run.registry.tracking_uri is None and not _database(run).is_file():
+        return None
+    found = _open(run).champion()
+    if found is not None and found.target_fingerprint != target.fingerprint:
+        raise ConfigError(
+            "registry.model_name",
+            f"{run.registry.model_name!r} holds drafts for another target (its champion's has the "
+            f"fingerprint {found.target_fingerprint}, {target.path} has {target.fingerprint})",
+            "Name another model for this target's drafts",
+        )
+    return found
+
+
+def champion_to_evaluate(
+    run: RunConfig, target: TargetSpec, draft_dir: Path, report: EvalReport, folder: Path
+) -> Path | None:
+    """The champion's draft, where its accept length must be measured anew to be compared.
+
+    That is where it was measured under other conditions than ``report``, and isn't this very
+    draft. What ``evaluate_draft`` says of it is the candidate's ``champion_report``.
+
+    Args:
+        run: The run.
+        target: Its target.
+        draft_dir: The new draft.
+        report: The new draft's evaluation.
+        folder: Where to put the champion's files.
+
+    Raises:
+        ConfigError: The champion is a draft for another target.
+    """
+    best = champion(run, target)
+    if best is None or best.conditions == conditions(report):
+        return None
+    if best.content == content_hash(draft_dir):
+        return None
+    return _open(run).download(best, folder)
+
+
+def register_draft(run: RunConfig, candidate: Candidate) -> RegisteredDraft:
+    """Register a draft that passes the gate; make it the champion if it is the best.
+
+    The same content registered again is the version that it was, with its newest figures.
+    A draft that fails the gate changes nothing.
+
+    Raises:
+        ConfigError: The champion is a draft for another target.
+        ValueError: The champion's figure can't be compared with the candidate's, and the
+            candidate brings no ``champion_report`` under the same conditions.
+    """
+    start = time.perf_counter()
+    gate = check_draft(candidate.report, run.registry.min_accept_length)
+    outcome = _register(run, candidate) if gate.passed else _refusal(run, gate)
+    stage_s = {**candidate.stage_s, "register": time.perf_counter() - start}
+    logger.info(
+        "event=gate registered=%s version=%s champion=%s decision=%r",
+        outcome.registered,
+        outcome.version,
+        outcome.is_champion,
+        outcome.decision,
+    )
+    summary = run_summary(replace(candidate, stage_s=stage_s), outcome)
+    return outcome.model_copy(update={"summary": summary})
+
+
+def _register(run: RunConfig, candidate: Candidate) -> RegisteredDraft:
+    best = champion(run, candidate.target)
+    store, content = _open(run), content_hash(candidate.draft_dir)
+    is_champion = best is not None and best.content == content
+    if is_champion:
+        title = GateDecision(True, "this very draft is the champion already")
+    else:
+        title = check_champion(candidate.report, _accept_length(best, candidate))
+    version = store.find(content)
+    is_new = version is None
+    if version is None:
+        version = store.add(run, candidate, content)
+    else:
+        store.update_figures(version, candidate)
+    if title.passed and not is_champion:
+        store.make_champion(version)
+    return RegisteredDraft(
+        registered=True,
+        model_name=run.registry.model_name,
+        version=version,
+        is_champion=title.passed,
+        is_new=is_new,
+        decision=title.reason,
+        tracking_uri=store.tracking_uri,
+        summary="",
+    )
+
+
+def _refusal(run: RunConfig, gate: GateDecision) -> RegisteredDraft:
+    return RegisteredDraft(
+        registered=False,
+        model_name=run.registry.model_name,
+        version="",
+        is_champion=False,
+        is_new=False,
+        decision=gate.reason,
+        tracking_uri=tracking_uri(run),
+        summary="",
+    )
+
+
+def _accept_length(best: DraftVersion | None, candidate: Candidate) -> float | None:
+    """The champion's, under the candidate's conditions."""
+    if best is None:
+        return None
+    wanted, anew = conditions(candidate.report), candidate.champion_report
+    if anew is not None and conditions(anew) == wanted:
+        return anew.accept_length
+    if best.conditions == wanted:
+        return best.accept_length
+    raise ValueError(
+        f"champion version {best.version} was measured with {best.conditions!r}, the candidate "
+        f"with {wanted!r}: evaluate the champion's draft too (champion_to_evaluate)"
+    )
+
+
+def _database(run: RunConfig) -> Path:
+    return run.data_path / "registry" / "mlflow.db"
+
+
+def _open(run: RunConfig) -> MlflowStore:
+    artifacts = None
+    if run.registry.tracking_uri is None:
+        artifacts = _database(run).with_name("artifacts")
+        artifacts.mkdir(parents=True, exist_ok=True)
+    return MlflowStore(tracking_uri(run), run.registry.model_name, artifacts)

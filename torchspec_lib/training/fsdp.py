@@ -1,0 +1,101 @@
+"""FSDP2 for a draft: the process group, sharding, and collectives that sum.
+
+Gradients are summed over ranks, never averaged: the loss is divided once, by the counts of
+the whole global batch, before its backward.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Self
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""For a rank whose peers wait while a lost sample of it is captured again."""
+
+_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+
+
+@dataclass(frozen=True, slots=True)
+class Rendezvous:
+    """Where ranks meet. Rank 0 listens; the system chooses the port, so nobody can take it."""
+
+    host: str
+    port: int
+    store: dist.TCPStore
+
+    @classmethod
+    def listen(cls, host: str) -> Self:
+        """Rank 0's; ``host`` is how the others reach it."""
+        store = dist.TCPStore(
+            host, 0, is_master=True, wait_for_workers=False, timeout=RENDEZVOUS_TIMEOUT
+        )
+        return cls(host, store.port, store)
+
+    @classmethod
+    def connect(cls, host: str, port: int) -> Self:
+        """Another rank's, to the address that rank 0 listens at."""
+        store = dist.TCPStore(
+            host, port, is_master=False, wait_for_workers=False, timeout=RENDEZVOUS_TIMEOUT
+        )
+        return cls(host, port, store)
+
+
+def init_process_group(
+    rendezvous: Rendezvous, rank: int, world_size: int, device: torch.device
+) -> None:
+    """Join the default process group: Gloo on the CPU, NCCL (and Gloo for objects) on GPUs."""
+    dist.init_process_group(
+        _BACKENDS[device.type],
+        store=rendezvous.store,
+        rank=rank,
+        world_size=world_size,
+        timeout=COLLECTIVE_TIMEOUT,
+        device_id=device if device.type == "cuda" else None,
+    )
+
+
+def shard(model: nn.Module, device: torch.device, compute_dtype: torch.dtype) -> None:
+    """Shard a float32 model over all ranks, in place; every rank must hold the same weights.
+
+    Parameters and their gradients stay float32, a forward computes in ``compute_dtype``.
+    One group for the whole model: a draft's layer runs once per depth within one forward, and
+    in a group of its own it would be gathered as often.
+    """
+    model.to(device)
+    fully_shard(
+        model,
+        mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
+        mp_policy=MixedPrecisionPolicy(
+            param_dtype=compute_dtype,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,  # denominators and teachers keep their precision
+        ),
+    )
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            # Without it the factor becomes a pre-multiplied sum, which Gloo doesn't have.
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def set_gradient_sync(model: nn.Module, sync: bool) -> None:
+    """Whether the next backward reduces gradients, or keeps adding them up on this rank."""
+    assert isinstance(model, FSDPModule)
+    model.set_requires_gradient_sync(sync)
+
+
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale all gradients so that their norm is at most ``max_norm``.
+
+    Returns:
+        The global L2 norm before clipping, a scalar; the same on every rank.
+    """
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

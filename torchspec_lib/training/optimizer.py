@@ -1,0 +1,52 @@
+"""AdamW, and how its learning rate runs over a training."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from torchspec_lib.config import TrainingConfig
+
+
+def build_optimizer(parameters: Iterable[torch.nn.Parameter], training: TrainingConfig) -> AdamW:
+    """AdamW (Loshchilov & Hutter 2019) over all of ``parameters``."""
+    return AdamW(
+        parameters,
+        lr=training.learning_rate,
+        betas=training.betas,
+        weight_decay=training.weight_decay,
+    )
+
+
+def build_scheduler(optimizer: AdamW, training: TrainingConfig, num_steps: int) -> LambdaLR:
+    """The schedule over ``num_steps`` steps; call its ``step`` after each optimizer step."""
+    return LambdaLR(optimizer, lambda index: learning_rate_factor(index, training, num_steps))
+
+
+def learning_rate_factor(index: int, training: TrainingConfig, num_steps: int) -> float:
+    """Share of ``training.learning_rate`` that holds in a step.
+
+    Rises in equal parts over the warm-up, none of them zero, so that no step is wasted; then
+    stays, or falls to ``min_learning_rate`` in a line or half a cosine (Loshchilov & Hutter
+    2017, equation 5), which it reaches one step after the last.
+
+    Args:
+        index: The step, counted from 0.
+        training: Schedule, warm-up and floor.
+        num_steps: Steps of the whole run.
+
+    Returns:
+        A number in (0, 1], or 0 past the end where there is no floor.
+    """
+    num_warmup = round(training.warmup_ratio * num_steps)
+    if index < num_warmup:
+        return (index + 1) / (num_warmup + 1)
+    if training.lr_schedule == "constant":
+        return 1.0
+    floor = training.min_learning_rate / training.learning_rate
+    progress = min(1.0, (index - num_warmup) / max(1, num_steps - num_warmup))
+    if training.lr_schedule == "linear":
+        return floor + (1.0 - floor) * (1.0 - progress)
+    return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))

@@ -1,0 +1,77 @@
+"""The loop that every training algorithm shares."""
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from torchspec_lib.training.checkpoint import CheckpointFolder, TrainingState
+from torchspec_lib.training.control import TrainingControl
+from torchspec_lib.training.prefetch import PreparedStep
+from torchspec_lib.types import StepMetrics, StepReport
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer(ABC):
+    """Takes prepared steps one by one: trains, reports, saves a checkpoint where one is due.
+
+    All ranks go through the same steps. An algorithm is a subclass with ``train_step``.
+    """
+
+    def __init__(self, state: TrainingState, checkpoints: CheckpointFolder) -> None:
+        self._state, self._checkpoints = state, checkpoints
+        self._rank = dist.get_rank()
+        self._step = self._saved_step = 0
+
+    @property
+    def step(self) -> int:
+        """The last step taken; 0 before the first."""
+        return self._step
+
+    @abstractmethod
+    def train_step(self, prepared: PreparedStep) -> StepMetrics:
+        """Take one optimizer step. A collective: all ranks take the same one."""
+
+    def resume(self, path: Path) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            CheckpointError: It can't be loaded.
+        """
+        self._step = self._saved_step = self._checkpoints.load(path, self._state)
+        logger.info("event=resumed step=%d checkpoint=%s", self._step, path)
+
+    def run(self, steps: Iterable[PreparedStep], control: TrainingControl) -> int:
+        """Train to the end of ``steps``; what was trained last is saved in any case.
+
+        Returns:
+            The last step taken.
+        """
+        for prepared in steps:
+            metrics = self.train_step(prepared)
+            self._step = prepared.step
+            control.report(
+                StepReport(
+                    step=prepared.step,
+                    rank=self._rank,
+                    trained=prepared.trained,
+                    rejected=prepared.rejected,
+                    metrics=metrics if self._rank == 0 else None,
+                )
+            )
+            if self._checkpoints.is_due(self._step):
+                self._save(control)
+        if self._step > self._saved_step:
+            self._save(control)
+        return self._step
+
+    def _save(self, control: TrainingControl) -> None:
+        start = time.monotonic()
+        ledger = control.ledger_state(self._step) if self._rank == 0 else None
+        path = self._checkpoints.save(self._state, self._step, ledger)
+        self._saved_step = self._step
+        logger.info("event=saved checkpoint=%s seconds=%.2f", path, time.monotonic() - start)

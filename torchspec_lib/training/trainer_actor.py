@@ -1,0 +1,147 @@
+"""The Ray actor around a trainer rank."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch.distributed as dist
+
+from torchspec_lib.config import RunConfig
+from torchspec_lib.data.dataset import load_draft_vocab
+from torchspec_lib.plan import ClusterPlan
+from torchspec_lib.ray.failures import unwrap
+from torchspec_lib.ray.ray_actor import RayActor
+from torchspec_lib.target import TargetSpec
+from torchspec_lib.training.checkpoint import CheckpointFolder, run_identity
+from torchspec_lib.training.eagle3_trainer import Eagle3Trainer
+from torchspec_lib.training.fsdp import Rendezvous, init_process_group
+from torchspec_lib.training.prefetch import Prefetcher
+from torchspec_lib.transfer.mooncake.store import connect
+from torchspec_lib.transfer.store import StoreAddress, TensorStore
+from torchspec_lib.types import CaptureResult, MicroBatch, SampleKey, SampleRef, StepReport
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerSpec:
+    """What a trainer rank is built from."""
+
+    run: RunConfig
+    target: TargetSpec
+    plan: ClusterPlan
+    dataset_dir: str
+    rank: int
+    world_size: int
+    store_address: StoreAddress
+    checkpoint_dir: str
+    resume_from: str | None
+
+
+class TrainerActor(RayActor):
+    """One trainer rank. ``join`` makes it a member of its group; the rest needs all ranks."""
+
+    def __init__(self, spec: TrainerSpec) -> None:
+        super().__init__("trainer", spec.rank, spec.run.cluster.device)
+        self._spec = spec
+        self._rendezvous: Rendezvous | None = None
+        self._store: TensorStore | None = None
+
+    def create_rendezvous(self) -> tuple[str, int]:
+        """Rank 0's: listen, and say where."""
+        self._rendezvous = Rendezvous.listen(self.node_ip)
+        return self._rendezvous.host, self._rendezvous.port
+
+    def join(self, host: str, port: int) -> None:
+        """Meet the other ranks, build the draft, go on from the checkpoint if there is one.
+
+        Raises:
+            ConfigError: The target's folder lacks what the trainer needs of it.
+            CheckpointError: The checkpoint can't be loaded.
+            StoreUnavailableError: The store doesn't answer.
+        """
+        spec = self._spec
+        rendezvous = self._rendezvous or Rendezvous.connect(host, port)
+        init_process_group(rendezvous, spec.rank, spec.world_size, self.device)
+        self._store = connect(spec.store_address, self.node_ip, owns_memory=False)
+        training, dataset_dir = spec.run.training, Path(spec.dataset_dir)
+        self._trainer = Eagle3Trainer(
+            spec.run,
+            spec.target,
+            load_draft_vocab(dataset_dir),
+            spec.plan.num_steps,
+            CheckpointFolder(
+                Path(spec.checkpoint_dir),
+                run_identity(spec.run, spec.target, dataset_id=dataset_dir.name),
+                interval=training.checkpoint_interval,
+                keep=training.keep_checkpoints,
+            ),
+            self.device,
+        )
+        if spec.resume_from is not None:
+            self._trainer.resume(Path(spec.resume_from))
+
+    def run(self, controller: Any, manager: Any) -> int:
+        """Train until the controller says that the run is over; gives the last step taken."""
+        assert self._store is not None, "join() comes first"
+        control = _RayControl(controller, manager)
+        with Prefetcher(
+            control,
+            self._store,
+            self._spec.rank,
+            first_step=self._trainer.step + 1,
+            prefetch_steps=self._spec.run.training.prefetch_steps,
+            empty=self._trainer.empty_batch,
+            pin_memory=self.device.type == "cuda",
+        ) as steps:
+            return self._trainer.run(steps, control)
+
+    def export(self, folder: str) -> None:
+        """Write the draft as engines serve it. All ranks take part, rank 0 writes."""
+        self._trainer.export(Path(folder))
+
+    def close(self) -> None:
+        """Leave the store and the group. Safe to call twice."""
+        if self._store is not None:
+            self._store.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+    def exit(self) -> None:
+        """Close, and end this actor's process."""
+        self.close()
+        super().exit()
+
+
+class _RayControl:
+    """The controller's and the manager's handles as what a trainer asks for."""
+
+    def __init__(self, controller: Any, manager: Any) -> None:
+        self._controller, self._manager = controller, manager
+
+    def next_step(self, rank: int, step: int) -> tuple[MicroBatch, ...] | None:
+        micro_batches: tuple[MicroBatch, ...] | None = _get(
+            self._controller.next_step.remote(rank, step)
+        )
+        return micro_batches
+
+    def fetched(self, keys: Sequence[SampleKey]) -> None:
+        _get(self._manager.release.remote(keys))
+
+    def recapture(self, ref: SampleRef) -> CaptureResult:
+        result: CaptureResult = _get(self._manager.recapture.remote(ref))
+        return result
+
+    def report(self, report: StepReport) -> None:
+        _get(self._controller.report.remote(report))
+
+    def ledger_state(self, step: int) -> dict[str, Any]:
+        state: dict[str, Any] = _get(self._controller.ledger_state.remote(step))
+        return state
+
+
+def _get(ref: Any) -> Any:
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayError as error:
+        raise unwrap(error) from error

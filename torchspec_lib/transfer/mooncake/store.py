@@ -1,0 +1,255 @@
+"""The Mooncake store, as a ``TensorStore``.
+
+Two ways to attach, alike from then on. ``client_process``: a client process on the node owns
+the memory and is reached through shared memory. ``embedded``: the calling process takes part
+itself, and bytes cross processes over the network. Either way samples are packed into, and
+unpacked from, a few buffers that Mooncake knows.
+
+A process that has connected must not fork: a forked child hangs at its first call.
+"""
+
+import ctypes
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from torchspec_lib.errors import SampleLostError, StoreFullError, StoreUnavailableError
+from torchspec_lib.transfer.mooncake.layout import pack_into, packed_size, unpack
+from torchspec_lib.transfer.mooncake.library import load_library
+from torchspec_lib.transfer.store import StoreAddress
+from torchspec_lib.types import SampleKey, SampleRef
+
+_NUM_BUFFERS = 3
+_MIN_BUFFER_BYTES = 4 << 20
+"""So that an engine's self-check fits where all prompts are tiny."""
+
+_PUT_TIMEOUT_S, _RETRY_TIMEOUT_S = 60.0, 20.0
+_TRANSFER_RETRY_S = 2.0
+"""The owner of a sample that hung answers by then; one that died never does."""
+_FIRST_WAIT_S, _WAIT_GROWTH, _LONGEST_WAIT_S = 0.01, 1.5, 0.25
+
+_FULL, _INVALID, _NOT_READY, _NOT_FOUND, _LEASE_EXPIRED = -200, -600, -703, -704, -707
+_TRANSFER_FAILED, _CHECKSUM, _RPC_FAILED, _RPC_TIMEOUT = -800, -801, -900, -901
+_LOST = {_NOT_READY, _NOT_FOUND, _LEASE_EXPIRED, _TRANSFER_FAILED, _CHECKSUM}
+_NO_ANSWER = {_INVALID, _RPC_FAILED, _RPC_TIMEOUT}
+"""The master is away, or (invalid) a restarted client process doesn't know us again yet."""
+
+
+class MooncakeStore:
+    """A ``TensorStore`` on Mooncake. Make it with ``connect``.
+
+    A put into a full store waits; a question that isn't answered is asked again for a while.
+    """
+
+    def __init__(
+        self,
+        client: Any,
+        buffers: Sequence[torch.Tensor],
+        capacity_bytes: int,
+        config: Any,
+        put_timeout_s: float = _PUT_TIMEOUT_S,
+        retry_timeout_s: float = _RETRY_TIMEOUT_S,
+    ) -> None:
+        """``client`` is connected and knows ``buffers`` uint8; ``config`` goes with its puts."""
+        self._client, self._config = client, config
+        self._capacity_bytes = capacity_bytes
+        self._largest_bytes = min(capacity_bytes, *(len(buffer) for buffer in buffers))
+        self._put_timeout_s = put_timeout_s
+        self._until_answered = dict.fromkeys(_NO_ANSWER, retry_timeout_s)
+        self._free_buffers: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
+        for buffer in buffers:
+            self._free_buffers.put(buffer)
+        self._closing = threading.Event()
+        self._calls = threading.Condition()
+        self._num_calls = 0
+
+    def put(self, key: SampleKey, tensors: Mapping[str, torch.Tensor]) -> SampleRef:
+        """See ``TensorStore.put``. A key that is taken is a ``ValueError``."""
+        with self._call("put"):
+            num_bytes = packed_size(tensors)
+            if num_bytes > self._largest_bytes:
+                raise StoreFullError(str(key), num_bytes, self._largest_bytes)
+            self._check_unused(key)
+            with self._buffer() as buffer:
+                ref = pack_into(buffer, key, tensors)
+                self._put_packed(ref, buffer)
+            return ref
+
+    def _check_unused(self, key: SampleKey) -> None:
+        """Mooncake itself would keep the old sample, and call that a success."""
+        code = self._ask(lambda: self._client.is_exist(str(key)), self._until_answered)
+        if code < 0:
+            raise _unavailable(f"put of {key}", code)
+        if code > 0:
+            raise ValueError(f"key {key} is taken: every put needs a key of its own")
+
+    def _put_packed(self, ref: SampleRef, buffer: torch.Tensor) -> None:
+        key, patience = str(ref.key), {_FULL: self._put_timeout_s}
+        patience[_INVALID] = self._until_answered[_INVALID]
+        code = self._ask(
+            lambda: self._client.put_from(key, buffer.data_ptr(), ref.num_bytes, self._config),
+            patience,
+        )
+        if code == _FULL:
+            raise StoreFullError(key, ref.num_bytes, self._capacity_bytes)
+        if code == 0:
+            code = self._client.get_size(key)
+            if code == ref.num_bytes:
+                return
+        # Whatever lies there would never be read nor freed: a retry goes under another key.
+        self._client.remove(key, True)
+        raise _unavailable(f"put of {key}", code)
+
+    def get(self, ref: SampleRef, device: torch.device) -> dict[str, torch.Tensor]:
+        """See ``TensorStore.get``."""
+        key, patience = str(ref.key), {**self._until_answered, _TRANSFER_FAILED: _TRANSFER_RETRY_S}
+        with self._call("get"), self._buffer() as buffer:
+            code = self._ask(
+                lambda: self._client.get_into(key, buffer.data_ptr(), len(buffer)), patience
+            )
+            if code in _LOST:
+                raise SampleLostError(key, f"Mooncake's code is {code}")
+            if code < 0:
+                raise _unavailable(f"get of {key}", code)
+            views = unpack(buffer[:code], ref)
+            tensors = {name: view.to(device, copy=True) for name, view in views.items()}
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
+            return tensors
+
+    def release(self, keys: Sequence[SampleKey]) -> None:
+        """See ``TensorStore.release``."""
+        names = [str(key) for key in keys]
+
+        def remove() -> int:
+            codes = self._client.batch_remove(names, True) if names else []
+            return min((code for code in codes if code not in (_NOT_FOUND, _NOT_READY)), default=0)
+
+        with self._call("release"):
+            code = self._ask(remove, self._until_answered)
+            if code != 0:
+                raise _unavailable(f"release of {len(keys)} samples", code)
+
+    def close(self) -> None:
+        """See ``TensorStore.close``. Waits for the calls of other threads, ends those that wait."""
+        with self._calls:
+            if self._closing.is_set():
+                return
+            self._closing.set()
+            self._calls.wait_for(lambda: self._num_calls == 0)
+        self._client.close()
+
+    @contextmanager
+    def _call(self, operation: str) -> Iterator[None]:
+        """Keeps the client open: a call on a closed one would end this process."""
+        with self._calls:
+            if self._closing.is_set():
+                raise StoreUnavailableError(operation, "it is closed")
+            self._num_calls += 1
+        try:
+            yield
+        finally:
+            with self._calls:
+                self._num_calls -= 1
+                self._calls.notify_all()
+
+    @contextmanager
+    def _buffer(self) -> Iterator[torch.Tensor]:
+        buffer = self._free_buffers.get()
+        try:
+            yield buffer
+        finally:
+            self._free_buffers.put(buffer)
+
+    def _ask(self, request: Callable[[], int], patience: Mapping[int, float]) -> int:
+        """Make a request, and repeat it for ``patience[code]`` seconds while it gives ``code``."""
+        start, wait_s = time.monotonic(), _FIRST_WAIT_S
+        while True:
+            code = request()
+            if time.monotonic() - start >= patience.get(code, 0.0):
+                return code
+            if self._closing.wait(wait_s):
+                raise StoreUnavailableError("a waiting call", "it is being closed")
+            wait_s = min(wait_s * _WAIT_GROWTH, _LONGEST_WAIT_S)
+
+
+def connect(
+    address: StoreAddress,
+    node_ip: str,
+    owns_memory: bool,
+    put_timeout_s: float = _PUT_TIMEOUT_S,
+    retry_timeout_s: float = _RETRY_TIMEOUT_S,
+) -> MooncakeStore:
+    """Attach this process to the run's store.
+
+    Args:
+        address: The run's store.
+        node_ip: This node's address, as in ``address.clients``.
+        owns_memory: In embedded mode, whether this process contributes a segment.
+        put_timeout_s: How long a put waits for room.
+        retry_timeout_s: How long a master or client process that is away is waited for.
+
+    Raises:
+        DependencyError: Mooncake or a system library isn't installed.
+        StoreUnavailableError: The store isn't there.
+    """
+    library = load_library()
+    client, config = library.MooncakeDistributedStore(), library.ReplicateConfig()
+    config.with_hard_pin = True
+    size = max(address.max_sample_bytes, _MIN_BUFFER_BYTES)
+    if address.mode == "client_process":
+        _attach_to_client(client, address, node_ip)
+        buffers = [_shared_buffer(client, size) for _ in range(_NUM_BUFFERS)]
+    else:
+        _take_part(client, address, node_ip, owns_memory)
+        buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(_NUM_BUFFERS)]
+        if owns_memory:
+            config.preferred_segment = client.get_hostname()
+    for buffer in buffers:
+        _check_connected(client.register_buffer(buffer.data_ptr(), size), address.master)
+    return MooncakeStore(
+        client, buffers, address.segment_bytes, config, put_timeout_s, retry_timeout_s
+    )
+
+
+def _attach_to_client(client: Any, address: StoreAddress, node_ip: str) -> None:
+    if node_ip not in address.clients:
+        nodes = ", ".join(address.clients) or "no node"
+        raise StoreUnavailableError("connect", f"{node_ip} has no client process, but {nodes}")
+    server = address.clients[node_ip]
+    # No pool and no local buffer: both serve calls that copy, and buffers are allocated apart.
+    _check_connected(client.setup_dummy(0, 0, server), f"the client process {server}")
+
+
+def _shared_buffer(client: Any, size: int) -> torch.Tensor:
+    pointer = client.alloc_from_mem_pool(size)
+    if pointer == 0:
+        raise StoreUnavailableError("connect", f"no {size:,} bytes of shared memory")
+    return torch.frombuffer((ctypes.c_uint8 * size).from_address(pointer), dtype=torch.uint8)
+
+
+def _take_part(client: Any, address: StoreAddress, node_ip: str, owns_memory: bool) -> None:
+    code = client.setup(
+        local_hostname=node_ip,
+        metadata_server="P2PHANDSHAKE",
+        global_segment_size=address.segment_bytes if owns_memory else 0,
+        local_buffer_size=0,
+        protocol=address.protocol,
+        rdma_devices=address.device_name,
+        master_server_addr=address.master,
+    )
+    _check_connected(code, f"the master {address.master}")
+
+
+def _check_connected(code: int, peer: str) -> None:
+    if code != 0:
+        raise _unavailable(f"connect to {peer}", code)
+
+
+def _unavailable(operation: str, code: int) -> StoreUnavailableError:
+    return StoreUnavailableError(operation, f"Mooncake's code is {code}")
