@@ -60,11 +60,12 @@ def joint_cluster(
     inputs = RunInputs.of(run, plan, dataset_dir, manifest)
     finished = None if run.fresh else inputs.folder.finished()
     if finished is not None:
-        logger.info("event=already_trained run=%s", inputs.run_id)
+        logger.info("event=already_trained run=%s", inputs.folder.run_id)
         yield JointCluster(lambda: finished)
         return
-    inputs.folder.open(run)
     with ExitStack() as stack:
+        stack.enter_context(inputs.folder.claim())
+        inputs.folder.open(run)
         stack.enter_context(_leaving_on_sigterm())
         yield JointCluster(_bring_up(stack, inputs).train)
 
@@ -107,7 +108,7 @@ def _bring_up(stack: ExitStack, inputs: RunInputs) -> "TrainingRun":
             rank=rank,
             world_size=run.training.world_size,
             store_address=address,
-            checkpoint_dir=str(inputs.folder.checkpoints),
+            folder=inputs.folder,
             resume_from=None if resume_from is None else str(resume_from),
         )
         for rank in range(run.training.world_size)
@@ -141,7 +142,7 @@ def _start_store(stack: ExitStack, inputs: RunInputs, placement: Placement) -> S
             stack.callback(_end, client, "stop")
             clients[node_ip] = get(client.address.remote())
     return StoreAddress(
-        run_id=inputs.run_id,
+        run_id=inputs.folder.run_id,
         mode=run.transfer.mode,
         protocol=run.transfer.protocol,
         device_name=run.transfer.device_name,

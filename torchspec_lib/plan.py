@@ -18,6 +18,8 @@ SEGMENT_SLACK = 1.35
 """The store allocates in bins of 1/8 power of two (1.125) and fragments (1 / 0.85)."""
 SAMPLE_OVERHEAD_BYTES = 4096
 """Header, table, trailer and alignment of a packed sample, at most."""
+MIN_SAMPLE_TOKENS = 32
+"""An engine's self-check stores as many."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 Role = Literal["training", "inference"]
@@ -80,7 +82,7 @@ def make_plan(run: RunConfig, target: TargetSpec, num_prompts: int, longest: int
     bytes_per_token = (
         num_states * target.hidden_size * DTYPE_BYTES[run.model.dtype] + mask_and_id_bytes
     )
-    sample_bytes = longest * bytes_per_token + SAMPLE_OVERHEAD_BYTES
+    sample_bytes = max(longest, MIN_SAMPLE_TOKENS) * bytes_per_token + SAMPLE_OVERHEAD_BYTES
     in_flight, segment = _budgets(run, sample_bytes)
     training, inference = _bundles(run)
     batch = run.training.global_batch_size

@@ -1,14 +1,22 @@
 """The folder of a training run: what lies where, and whether the run is finished."""
 
+import fcntl
 import json
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 from torchspec_lib.config import RunConfig
-from torchspec_lib.results import TrainSummary
+from torchspec_lib.errors import ConfigError
+from torchspec_lib.results import DatasetManifest, TrainSummary
+from torchspec_lib.target import TargetSpec
 from torchspec_lib.types import StepMetrics
+
+CLAIM_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +26,14 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def of(cls, run: RunConfig, run_id: str) -> "RunFolder":
+    def of(cls, run: RunConfig, manifest: DatasetManifest, target: TargetSpec) -> "RunFolder":
+        """The folder of the run that these inputs make, and so no other."""
+        run_id = run.training_hash(f"{manifest.dataset_id} {target.fingerprint}")
         return cls(run.data_path / "runs" / run_id)
+
+    @property
+    def run_id(self) -> str:
+        return self.path.name
 
     @property
     def checkpoints(self) -> Path:
@@ -42,6 +56,43 @@ class RunFolder:
     def reports(self) -> Path:
         return self.path / "reports"
 
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Be the only run in this folder, until this ends and every ``use`` of it has ended too.
+
+        Waits for the actors of a run that was killed: they notice a little later.
+
+        Raises:
+            ConfigError: Another process trains this very run.
+        """
+        deadline = time.monotonic() + CLAIM_TIMEOUT_S
+        with self._lock_file() as file:
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise ConfigError(
+                            "data_root",
+                            f"run {self.run_id} is being trained by another process",
+                            "Wait for it, or use another data_root or seed",
+                        ) from None
+                time.sleep(0.5)
+            fcntl.flock(file, fcntl.LOCK_SH)
+            yield
+
+    def use(self) -> TextIO:
+        """Keep other runs out for as long as the result lives: for actors that write here."""
+        file = self._lock_file()
+        fcntl.flock(file, fcntl.LOCK_SH)
+        return file
+
+    def _lock_file(self) -> TextIO:
+        """Beside the folder, which may be emptied."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return self.path.with_suffix(".lock").open("w")
+
     def open(self, run: RunConfig) -> None:
         """Make the folder, emptied where ``fresh`` asks for it, and note the configuration."""
         if run.fresh and self.path.exists():
@@ -61,12 +112,11 @@ class RunFolder:
         new.write_text(summary.model_dump_json(indent=2))
         new.replace(self.summary)
 
-    def keep_metrics_until(self, step: int) -> list[StepMetrics]:
-        """Drop what was noted after ``step``, which is trained again; gives what is left."""
+    def keep_metrics_until(self, step: int) -> None:
+        """Drop what was noted after ``step``, which is trained again."""
         kept = [metrics for metrics in self.read_metrics() if metrics.step <= step]
         self.metrics.write_text("")
         self.append_metrics(kept)
-        return kept
 
     def append_metrics(self, steps: Sequence[StepMetrics]) -> None:
         with self.metrics.open("a") as file:

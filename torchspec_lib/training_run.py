@@ -35,7 +35,6 @@ class RunInputs:
     """What a training run is made of."""
 
     run: RunConfig
-    run_id: str
     target: TargetSpec
     plan: ClusterPlan
     dataset_dir: Path
@@ -47,9 +46,8 @@ class RunInputs:
         cls, run: RunConfig, plan: ClusterPlan, dataset_dir: Path, manifest: DatasetManifest
     ) -> "RunInputs":
         target = read_target(run.model)
-        run_id = run.training_hash(f"{manifest.dataset_id} {target.fingerprint}")
-        folder = RunFolder.of(run, run_id)
-        return cls(run, run_id, target, plan, dataset_dir, manifest, folder)
+        folder = RunFolder.of(run, manifest, target)
+        return cls(run, target, plan, dataset_dir, manifest, folder)
 
 
 class TrainingRun:
@@ -67,8 +65,9 @@ class TrainingRun:
         run = inputs.run
         self._inputs, self._trainers, self._address = inputs, trainers, address
         self._resume_step, ledger = checkpoint.position(resume_from)
+        inputs.folder.keep_metrics_until(self._resume_step)
         self._controller = driver_actor(AsyncTrainingController).remote(
-            str(inputs.dataset_dir), _schedule(inputs), self._resume_step, ledger
+            str(inputs.dataset_dir), inputs.folder, _schedule(inputs), self._resume_step, ledger
         )
         stack.callback(ray.kill, self._controller)
         policy = CapturePolicy(
@@ -89,47 +88,40 @@ class TrainingRun:
         """
         start = time.monotonic()
         folder = self._inputs.folder
-        metrics = folder.keep_metrics_until(self._resume_step)
-        metrics += self._follow(self._trainers.run(self._controller, self._manager))
+        self._follow(self._trainers.run(self._controller, self._manager))
         totals: RunTotals = get(self._controller.finish.remote())
         stats: CaptureStats = get(self._manager.stats.remote())
         if evicted := evicted_keys(self._address.metrics):
             raise StoreUnavailableError("keep", f"it evicted {evicted} samples unread")
         self._trainers.export(str(folder.draft))
         validate_draft(folder.draft, self._inputs.target)
-        summary = self._summary(metrics, totals, stats, time.monotonic() - start)
+        wall_s = time.monotonic() - start
+        summary = self._summary(folder.read_metrics(), totals, stats, wall_s)
         folder.finish(summary)
         return summary
 
-    def _follow(self, trainer_refs: list[Any]) -> list[StepMetrics]:
+    def _follow(self, trainer_refs: list[Any]) -> None:
         """Show finished steps until every rank is done; raise what ends the run early."""
-        seen: list[StepMetrics] = []
-        open_refs = list(trainer_refs)
+        running = list(trainer_refs)
         capturing = self._manager.run.remote()
-        num_left = self._inputs.plan.num_steps - self._resume_step
+        num_seen, num_left = 0, self._inputs.plan.num_steps - self._resume_step
         with tqdm(total=num_left, desc="training", unit="step", dynamic_ncols=True) as bar:
             news = self._controller.progress.remote(0)
-            while open_refs:
-                done, _ = ray.wait([news, capturing, *open_refs], num_returns=1)
+            while running or num_seen < self._num_steps_taken():
+                done, _ = ray.wait([news, capturing, *running], num_returns=1)
                 if done[0] == capturing:
                     get(capturing)
                 elif done[0] == news:
-                    seen += self._show(get(news), bar)
-                    news = self._controller.progress.remote(len(seen))
+                    num_seen += _show(get(news), bar)
+                    news = self._controller.progress.remote(num_seen)
                 else:
                     self._trainers.wait(done)
-                    open_refs.remove(done[0])
-            totals: RunTotals = get(self._controller.finish.remote())
-            if self._resume_step + len(seen) < totals.num_steps:
-                seen += self._show(get(news), bar)
-        return seen
+                    running.remove(done[0])
 
-    def _show(self, steps: list[StepMetrics], bar: Any) -> list[StepMetrics]:
-        self._inputs.folder.append_metrics(steps)
-        bar.update(len(steps))
-        last = steps[-1]
-        bar.set_postfix(loss=f"{last.loss:.3f}", accept_length=f"{last.accept_length:.2f}")
-        return steps
+    def _num_steps_taken(self) -> int:
+        """Of this run since it was resumed, once all ranks are through."""
+        totals: RunTotals = get(self._controller.finish.remote())
+        return totals.num_steps - self._resume_step
 
     def _summary(
         self,
@@ -140,7 +132,7 @@ class TrainingRun:
     ) -> TrainSummary:
         tail = metrics[-max(1, len(metrics) // 10) :]
         return TrainSummary(
-            run_id=self._inputs.run_id,
+            run_id=self._inputs.folder.run_id,
             draft_dir=str(self._inputs.folder.draft),
             num_steps=totals.num_steps,
             num_prompts=self._inputs.manifest.num_prompts,
@@ -158,10 +150,17 @@ class TrainingRun:
         )
 
 
+def _show(steps: Sequence[StepMetrics], bar: Any) -> int:
+    last = steps[-1]
+    bar.set_postfix(loss=f"{last.loss:.3f}", accept_length=f"{last.accept_length:.2f}")
+    bar.update(len(steps))
+    return len(steps)
+
+
 def _schedule(inputs: RunInputs) -> Schedule:
     run = inputs.run
     return Schedule(
-        run_id=inputs.run_id,
+        run_id=inputs.folder.run_id,
         seed=run.seed,
         num_epochs=run.training.num_epochs,
         global_batch_size=run.training.global_batch_size,

@@ -52,7 +52,6 @@ class Driver:
         self.temp.mkdir(exist_ok=True)
         env = os.environ | {"TMPDIR": str(self.temp), "RAY_ADDRESS": "local"}
         self._shm_before = shared_memory()
-        self._before = set(psutil.pids())
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.drive", str(file)],
             cwd=PROJECT_ROOT,
@@ -73,12 +72,11 @@ class Driver:
 
     def leftovers(self) -> list[str]:
         """Processes, shared memory and temporary folders that the run should have taken along."""
-        found = []
-        for process in psutil.process_iter(["pid", "cmdline"]):
-            command = " ".join(process.info["cmdline"] or [])
-            ours = any(word in command for word in ("mooncake_", "raylet", "gcs_server", "ray::"))
-            if ours and process.info["pid"] not in self._before:
-                found.append(command[:120])
+        found = [
+            " ".join(process.info["cmdline"])[:120]
+            for process in psutil.process_iter(["cmdline", "environ"])
+            if (process.info["environ"] or {}).get("TMPDIR") == str(self.temp)
+        ]
         found += sorted(shared_memory() - self._shm_before)
         return found + [str(path) for path in self.temp.iterdir() if path.name.startswith("ts-")]
 
@@ -113,7 +111,7 @@ def test_every_prompt_of_every_epoch_is_accounted_for(finished):
 
 def test_the_draft_is_exported_and_its_loss_fell(finished):
     run, summary, _, _ = finished
-    steps = RunFolder.of(run, summary["run_id"]).read_metrics()
+    steps = RunFolder(run.data_path / "runs" / summary["run_id"]).read_metrics()
     assert [step.step for step in steps] == list(range(1, 11))
     assert steps[-1].loss < 0.8 * steps[0].loss
     assert load_draft(Path(summary["draft_dir"])).config.draft_vocab_size == 256
@@ -188,5 +186,5 @@ def test_a_killed_run_resumes_from_its_checkpoint_and_the_accounts_add_up(tmp_pa
     summary = Driver(run, tmp_path).summary()
     assert summary["resumed_from_step"] >= 5
     assert (summary["num_trained"], summary["num_steps"]) == (120, 30)
-    steps = RunFolder.of(run, summary["run_id"]).read_metrics()
+    steps = RunFolder(run.data_path / "runs" / summary["run_id"]).read_metrics()
     assert [step.step for step in steps] == list(range(1, 31))

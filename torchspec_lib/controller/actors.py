@@ -1,5 +1,6 @@
 """The controller and the manager as Ray actors: thin shells, nothing to test through Ray."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torchspec_lib.controller.training_controller import Schedule, TrainingContr
 from torchspec_lib.data.dataset import load_prompts
 from torchspec_lib.plan import ClusterPlan
 from torchspec_lib.ray.failures import unwrap
+from torchspec_lib.run_folder import RunFolder
 from torchspec_lib.types import CaptureRequest, CaptureResult, SampleKey
 
 
@@ -21,12 +23,15 @@ class AsyncTrainingController(TrainingController):
     def __init__(
         self,
         dataset_dir: str,
+        folder: RunFolder,
         schedule: Schedule,
         resume_step: int,
         resume_ledger: dict[str, Any] | None,
     ) -> None:
-        logs.setup("controller")
-        super().__init__(load_prompts(Path(dataset_dir)), schedule, resume_step, resume_ledger)
+        logs.setup("controller", level=logging.WARNING)
+        self._in_use = folder.use()
+        prompts = load_prompts(Path(dataset_dir))
+        super().__init__(prompts, schedule, resume_step, resume_ledger, folder.append_metrics)
 
 
 class AsyncInferenceManager(InferenceManager):
@@ -35,7 +40,7 @@ class AsyncInferenceManager(InferenceManager):
     def __init__(
         self, controller: Any, engines: Sequence[Any], policy: CapturePolicy, plan: ClusterPlan
     ) -> None:
-        logs.setup("manager")
+        logs.setup("manager", level=logging.WARNING)
         clients = [_EngineClient(engine) for engine in engines]
         super().__init__(_ControllerClient(controller), clients, policy, plan.reserved_bytes)
 

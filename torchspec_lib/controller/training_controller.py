@@ -6,7 +6,7 @@ for a finished step. ``deliver`` wakes trainers, ``report`` wakes the driver. No
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -67,8 +67,13 @@ class TrainingController:
         schedule: Schedule,
         resume_step: int = 0,
         resume_ledger: dict[str, Any] | None = None,
+        note: Callable[[Sequence[StepMetrics]], None] = lambda _: None,
     ) -> None:
-        self._prompts, self._schedule = prompts, schedule
+        """Hand out ``prompts`` as ``schedule`` says, or go on from a checkpoint's accounts.
+
+        ``note`` gets the metrics of every finished step before a checkpoint may count it.
+        """
+        self._prompts, self._schedule, self._note = prompts, schedule, note
         self._order = EpochOrder(len(prompts), schedule.seed)
         self._ledger = Ledger(len(prompts) * schedule.num_epochs)
         self._taken = self._composed = (
@@ -187,7 +192,9 @@ class TrainingController:
                 self._ledger.move(self._position(key), State.TRAINED)
             for failure in done.rejected:
                 self._reject(self._position(failure.key), failure)
-        self._metrics += [r.metrics for r in reports if r.metrics is not None]
+        metrics = [r.metrics for r in reports if r.metrics is not None]
+        self._note(metrics)
+        self._metrics += metrics
         self._reported_step = report.step
         await self._wake()
 

@@ -12,6 +12,7 @@ LABEL_WIDTH = 15
 def run_summary(candidate: Candidate, outcome: RegisteredDraft) -> str:
     """All figures of a run in a few lines, the most important first."""
     report, training, manifest = candidate.report, candidate.training, candidate.manifest
+    epochs = "1 epoch" if training.num_epochs == 1 else f"{training.num_epochs} epochs"
     rows = {
         "registered" if outcome.registered else "not registered": _outcome(outcome),
         "accept length": (
@@ -23,8 +24,7 @@ def run_summary(candidate: Candidate, outcome: RegisteredDraft) -> str:
         "speed-up": _speedup(report),
         "samples": (
             f"{training.num_trained:,} trained, {training.num_rejected:,} rejected"
-            f"{_reasons(training.rejected)}, in {training.num_epochs} epoch(s) over "
-            f"{training.num_prompts:,} prompts"
+            f"{_reasons(training.rejected)}, of {training.num_prompts:,} prompts x {epochs}"
         ),
         "conversations": (
             f"{sum(manifest.rejected.values()):,} filtered out{_reasons(manifest.rejected)}"
@@ -43,8 +43,8 @@ def model_card(candidate: Candidate, model_name: str, code: str) -> str:
     steps = report.draft_steps
     return f"""# {model_name}
 
-An EAGLE-3 draft for the target `{target.path}` (fingerprint `{target.fingerprint}`). It serves
-no other target.
+An EAGLE-3 draft for the target `{target.path}` (fingerprint `{target.fingerprint}`), and for no
+other.
 
 ## Serve it
 

@@ -13,6 +13,7 @@ from torchspec_lib.data.dataset import load_draft_vocab
 from torchspec_lib.plan import ClusterPlan
 from torchspec_lib.ray.failures import unwrap
 from torchspec_lib.ray.ray_actor import RayActor
+from torchspec_lib.run_folder import RunFolder
 from torchspec_lib.target import TargetSpec
 from torchspec_lib.training.checkpoint import CheckpointFolder, run_identity
 from torchspec_lib.training.eagle3_trainer import Eagle3Trainer
@@ -34,7 +35,7 @@ class TrainerSpec:
     rank: int
     world_size: int
     store_address: StoreAddress
-    checkpoint_dir: str
+    folder: RunFolder
     resume_from: str | None
 
 
@@ -61,6 +62,7 @@ class TrainerActor(RayActor):
             StoreUnavailableError: The store doesn't answer.
         """
         spec = self._spec
+        self._in_use = spec.folder.use()
         rendezvous = self._rendezvous or Rendezvous.connect(host, port)
         init_process_group(rendezvous, spec.rank, spec.world_size, self.device)
         self._store = connect(spec.store_address, self.node_ip, owns_memory=False)
@@ -71,7 +73,7 @@ class TrainerActor(RayActor):
             load_draft_vocab(dataset_dir),
             spec.plan.num_steps,
             CheckpointFolder(
-                Path(spec.checkpoint_dir),
+                spec.folder.checkpoints,
                 run_identity(spec.run, spec.target, dataset_id=dataset_dir.name),
                 interval=training.checkpoint_interval,
                 keep=training.keep_checkpoints,

@@ -21,6 +21,7 @@ class TensorStore(Protocol):
         ``num_tokens`` of the reference is the first dimension, which all tensors share.
 
         Raises:
+            ValueError: The key is taken: every attempt has its own.
             StoreFullError: There is no room, even after waiting.
             StoreUnavailableError: The store didn't answer; try again under another key.
         """

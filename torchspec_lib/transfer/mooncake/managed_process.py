@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _STOP_TIMEOUT_S = 5.0
 _POLL_S = 0.02
-_LOG_TAIL_BYTES = 2000
+_LOG_TAIL_BYTES = 1000
 
 _forker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forker")
 

@@ -10,9 +10,10 @@ from torchspec_lib.transfer.mooncake.processes import MasterEndpoint, start_clie
 
 _MAX_RESTARTS = 3
 _MASTER_PAUSE_S = 0.5
-_CLIENT_PAUSE_S = 8.0
+_CLIENT_PAUSE_S = 10.0
 """Actors attach again only to a client process that they saw gone. They ask every second, and
-an answer may be 4.3 s in coming: after a shorter pause they wouldn't have noticed."""
+an answer may be 4.3 s in coming: after a shorter pause they wouldn't have noticed. By now the
+master has struck off the old one's memory too, so that no sample goes there."""
 
 
 class MooncakeMaster:

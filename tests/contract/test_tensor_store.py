@@ -1,0 +1,308 @@
+"""What every store promises. One suite, run on each."""
+
+import multiprocessing
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import pytest
+import torch
+
+from torchspec_lib.errors import SampleLostError, StoreFullError, StoreUnavailableError
+from torchspec_lib.transfer.memory import MemoryStore
+from torchspec_lib.transfer.mooncake.processes import (
+    MasterProcess,
+    allocated_bytes,
+    evicted_keys,
+    start_client,
+    start_master,
+)
+from torchspec_lib.transfer.mooncake.store import connect
+from torchspec_lib.transfer.store import StoreAddress, TensorStore
+from torchspec_lib.types import SampleKey, SampleRef
+
+CPU = torch.device("cpu")
+HOST = "127.0.0.1"
+MIB = 1 << 20
+CAPACITY_BYTES = 32 * MIB
+DTYPES = [
+    torch.bfloat16,
+    torch.float16,
+    torch.float32,
+    torch.int32,
+    torch.int64,
+    torch.bool,
+    torch.uint8,
+]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A store under test, and how to attach to it once more."""
+
+    store: TensorStore
+    reconnect: Callable[[], TensorStore]
+    address: StoreAddress | None
+    """None if other processes can't reach it."""
+
+
+def _mooncake_address(mode: str, master: MasterProcess, clients: dict[str, str]) -> StoreAddress:
+    return StoreAddress(
+        run_id="run",
+        mode=mode,
+        protocol="tcp",
+        device_name="",
+        master=master.endpoint.rpc,
+        metrics=master.endpoint.metrics,
+        clients=clients,
+        segment_bytes=CAPACITY_BYTES,
+        max_sample_bytes=6 * MIB,
+    )
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "memory",
+        pytest.param("client_process", marks=pytest.mark.mooncake),
+        pytest.param("embedded", marks=pytest.mark.mooncake),
+    ],
+)
+def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
+    if request.param == "memory":
+        yield Subject(
+            MemoryStore(CAPACITY_BYTES), lambda: MemoryStore(CAPACITY_BYTES), address=None
+        )
+        return
+    master = start_master(HOST)
+    processes, clients = [master.process], {}
+    if request.param == "client_process":
+        client = start_client(HOST, master.endpoint.rpc, CAPACITY_BYTES)
+        processes.append(client.process)
+        clients[HOST] = client.address
+    address = _mooncake_address(request.param, master, clients)
+    store = connect(address, HOST, owns_memory=True, put_timeout_s=0.3)
+    yield Subject(store, lambda: connect(address, HOST, owns_memory=False), address)
+    store.close()
+    for process in reversed(processes):
+        process.stop()
+
+
+@pytest.fixture
+def store(subject: Subject) -> TensorStore:
+    return subject.store
+
+
+def new_key() -> SampleKey:
+    return SampleKey.first("run", 0, secrets.token_hex(4))
+
+
+def sample(num_bytes: int, value: int = 0) -> dict[str, torch.Tensor]:
+    return {"x": torch.full((num_bytes // 4,), value, dtype=torch.int32)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_sample_comes_back_bit_for_bit(store: TensorStore, dtype: torch.dtype):
+    content = torch.randint(0, 2 if dtype == torch.bool else 256, (24, 36), dtype=torch.uint8)
+    tensors = {
+        "whole": content.to(dtype),
+        "transposed": content.to(dtype).reshape(36, 24).t(),
+        "strided": content.to(dtype)[:, ::2],
+        "vector": content.to(dtype)[:, 3],
+        "nothing": content.to(dtype)[:, :0],
+    }
+    ref = store.put(new_key(), tensors)
+    back = store.get(ref, CPU)
+    store.release([ref.key])
+    assert list(back) == list(tensors)
+    for name, tensor in tensors.items():
+        assert back[name].dtype == dtype
+        assert torch.equal(back[name], tensor), name
+
+
+def test_bits_that_are_no_number_survive(store: TensorStore):
+    bits = torch.randint(-(2**15), 2**15, (100, 7), dtype=torch.int16)
+    ref = store.put(new_key(), {"x": bits.view(torch.bfloat16)})
+    assert torch.equal(store.get(ref, CPU)["x"].view(torch.int16), bits)
+    store.release([ref.key])
+
+
+def test_the_reference_tells_what_was_stored(store: TensorStore):
+    key = new_key()
+    ref = store.put(key, {"ids": torch.arange(9, dtype=torch.int32), "x": torch.zeros(9, 4)})
+    store.release([key])
+    assert (ref.key, ref.num_tokens) == (key, 9)
+    assert ref.num_bytes >= 9 * 4 + 9 * 4 * 4
+    assert {name: (spec.shape, spec.dtype) for name, spec in ref.tensors.items()} == {
+        "ids": ((9,), "int32"),
+        "x": ((9, 4), "float32"),
+    }
+
+
+def test_a_sample_belongs_to_its_reader(store: TensorStore):
+    written = torch.zeros(4)
+    ref = store.put(new_key(), {"x": written})
+    written.fill_(5)
+    first = store.get(ref, CPU)["x"]
+    store.get(ref, CPU)["x"].fill_(7)
+    other = store.put(new_key(), {"x": torch.ones(4)})
+    store.get(other, CPU)
+    store.release([ref.key, other.key])
+    assert torch.equal(first, torch.zeros(4))
+
+
+def test_a_sample_may_be_read_twice_until_it_is_released(store: TensorStore):
+    ref = store.put(new_key(), sample(1000, value=3))
+    store.get(ref, CPU)
+    assert (store.get(ref, CPU)["x"] == 3).all()
+    store.release([ref.key])
+    with pytest.raises(SampleLostError, match=str(ref.key)):
+        store.get(ref, CPU)
+
+
+def test_a_sample_that_was_never_put_is_lost(store: TensorStore):
+    ref = store.put(new_key(), sample(1000))
+    store.release([ref.key])
+    absent = SampleRef(new_key(), ref.num_bytes, ref.num_tokens, ref.tensors)
+    with pytest.raises(SampleLostError, match=str(absent.key)):
+        store.get(absent, CPU)
+
+
+def test_releasing_absent_samples_is_fine_and_doesnt_touch_others(store: TensorStore):
+    ref = store.put(new_key(), sample(1000, value=4))
+    gone = store.put(new_key(), sample(1000))
+    store.release([gone.key])
+    store.release([new_key(), gone.key])
+    store.release([])
+    assert (store.get(ref, CPU)["x"] == 4).all()
+    store.release([ref.key])
+
+
+def test_a_key_is_never_put_twice(store: TensorStore):
+    key = new_key()
+    ref = store.put(key, sample(1000, value=1))
+    with pytest.raises(ValueError, match=f"{key} is taken"):
+        store.put(key, sample(1000, value=2))
+    assert (store.get(ref, CPU)["x"] == 1).all()
+    store.release([key])
+
+
+def test_tensors_of_different_lengths_are_refused_and_leave_nothing(store: TensorStore):
+    key = new_key()
+    with pytest.raises(ValueError, match="first dimension"):
+        store.put(key, {"a": torch.zeros(3), "b": torch.zeros(4)})
+    ref = store.put(key, {"a": torch.zeros(3)})
+    store.release([ref.key])
+
+
+def test_a_full_store_refuses_and_keeps_everything_it_has(subject: Subject):
+    store, refs = subject.store, []
+    with pytest.raises(StoreFullError, match="no room for run/"):  # noqa: PT012 - at some point
+        for i in range(100):
+            refs.append(store.put(new_key(), sample(2 * MIB, value=i)))
+    assert len(refs) >= 8
+    for i, ref in enumerate(refs):
+        assert (store.get(ref, CPU)["x"] == i).all()
+    if subject.address is not None:
+        assert evicted_keys(subject.address.metrics) == 0
+    store.release([ref.key for ref in refs[:2]])
+    again = store.put(new_key(), sample(2 * MIB, value=-1))
+    assert (store.get(again, CPU)["x"] == -1).all()
+    store.release([ref.key for ref in [*refs, again]])
+
+
+def test_a_sample_larger_than_the_store_is_refused(store: TensorStore):
+    with pytest.raises(StoreFullError, match="no room"):
+        store.put(new_key(), sample(CAPACITY_BYTES + MIB))
+
+
+def test_released_samples_give_back_all_their_room(subject: Subject):
+    for _ in range(3):
+        refs = [subject.store.put(new_key(), sample(4 * MIB)) for _ in range(5)]
+        subject.store.release([ref.key for ref in refs])
+    if subject.address is not None:
+        assert allocated_bytes(subject.address.metrics) == 0
+
+
+def test_several_threads_put_get_and_release_at_once(store: TensorStore):
+    def work(thread: int) -> int:
+        num_right = 0
+        for i in range(20):
+            value = thread * 1000 + i
+            ref = store.put(new_key(), sample(200_000, value))
+            num_right += int((store.get(ref, CPU)["x"] == value).all())
+            store.release([ref.key])
+        return num_right
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(work, range(8))) == [20] * 8
+
+
+def test_a_closed_store_refuses_every_call(subject: Subject):
+    store = subject.reconnect()
+    ref = subject.store.put(new_key(), sample(1000))
+    store.close()
+    store.close()
+    for call in (
+        lambda: store.put(new_key(), sample(1000)),
+        lambda: store.get(ref, CPU),
+        lambda: store.release([ref.key]),
+        lambda: store.release([]),
+    ):
+        with pytest.raises(StoreUnavailableError, match="closed"):
+            call()
+    subject.store.release([ref.key])
+
+
+def test_a_store_may_be_closed_while_others_use_it(subject: Subject):
+    store, started, keys = subject.reconnect(), threading.Barrier(5), []
+
+    def work() -> str:
+        started.wait()
+        while True:
+            try:
+                keys.append(new_key())
+                store.get(store.put(keys[-1], sample(100_000)), CPU)
+            except StoreUnavailableError as error:
+                return str(error)
+
+    with ThreadPoolExecutor(4) as pool:
+        ends = [pool.submit(work) for _ in range(4)]
+        started.wait()
+        store.close()
+        assert all("closed" in end.result(timeout=30) for end in ends)
+    subject.store.release(keys)
+
+
+@pytest.mark.timeout(90)
+def test_another_process_reads_and_releases_a_sample(subject: Subject):
+    if subject.address is None:
+        pytest.skip("memory is this process's own")
+    here, there = multiprocessing.Pipe()
+    spawn = multiprocessing.get_context("spawn")
+    reader = spawn.Process(target=_read_elsewhere, args=(subject.address, there), daemon=True)
+    reader.start()
+    tensors = {"x": torch.randn(3000, 300).bfloat16(), "mask": torch.arange(3000) % 3 == 0}
+    ref = subject.store.put(new_key(), tensors)
+    here.send(ref)
+    assert here.poll(80)
+    back: dict[str, list[int]] = here.recv()
+    reader.join(10)
+    assert reader.exitcode == 0
+    for name, tensor in tensors.items():
+        raw = tensor.contiguous().view(torch.uint8).flatten()
+        assert back[name] == [*raw.tolist()[:1000], int(raw.sum())]
+    with pytest.raises(SampleLostError):
+        subject.store.get(ref, CPU)
+
+
+def _read_elsewhere(address: StoreAddress, pipe: Connection) -> None:
+    store = connect(address, HOST, owns_memory=False)
+    ref = pipe.recv()
+    raws = {k: t.view(torch.uint8).flatten() for k, t in store.get(ref, CPU).items()}
+    store.release([ref.key])
+    pipe.send({name: [*raw.tolist()[:1000], int(raw.sum())] for name, raw in raws.items()})
+    store.close()
