@@ -8,6 +8,9 @@ from typing import Any
 from torchspec_lib.config import DraftConfig, ModelConfig, Settings, find_path
 from torchspec_lib.errors import ConfigError
 
+_NUM_BLOCKS = 33
+_BLOCK_BYTES = 64 << 10
+
 
 class TargetSpec(Settings):
     """The target's sizes, from its ``config.json``."""
@@ -15,7 +18,7 @@ class TargetSpec(Settings):
     path: str
     """The folder with its files; for a Hugging Face id the local snapshot."""
     fingerprint: str
-    """Identifies the target: 16 hex digits over its config and its files' names and sizes."""
+    """Identifies the target: 16 hex digits over its files' names, sizes and blocks of content."""
     num_layers: int
     hidden_size: int
     intermediate_size: int
@@ -49,7 +52,7 @@ def read_target(model: ModelConfig) -> TargetSpec:
         heads = config["num_attention_heads"]
         return TargetSpec(
             path=str(folder),
-            fingerprint=_fingerprint(folder, config_file),
+            fingerprint=_fingerprint(folder),
             num_layers=config["num_hidden_layers"],
             hidden_size=config["hidden_size"],
             intermediate_size=config["intermediate_size"],
@@ -121,10 +124,18 @@ def _locate(model: ModelConfig) -> Path:
         ) from error
 
 
-def _fingerprint(folder: Path, config_file: Path) -> str:
-    files = sorted(p for p in folder.iterdir() if p.suffix in {".safetensors", ".json", ".jinja"})
-    sizes = "\n".join(f"{p.name} {p.stat().st_size}" for p in files)
-    return hashlib.sha256(config_file.read_bytes() + sizes.encode()).hexdigest()[:16]
+def _fingerprint(folder: Path) -> str:
+    """Hash the small files whole, and blocks spread over the weights: they can be terabytes."""
+    digest = hashlib.sha256()
+    suffixes = {".safetensors", ".json", ".jinja", ".model", ".txt"}
+    for path in sorted(p for p in folder.iterdir() if p.suffix in suffixes):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for block in range(_NUM_BLOCKS):
+                file.seek(block * max(size - _BLOCK_BYTES, 0) // (_NUM_BLOCKS - 1))
+                digest.update(file.read(_BLOCK_BYTES))
+    return digest.hexdigest()[:16]
 
 
 def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,14 @@
+import json
 import subprocess
 import sys
 
 import pytest
 from pydantic import ValidationError
 
-from torchspec_lib.config import RunConfig, find_path
+from torchspec_lib.config import ModelConfig, RunConfig, find_path
 from torchspec_lib.errors import ConfigError
 from torchspec_lib.plan import SEGMENT_SLACK, make_plan
-from torchspec_lib.target import TargetSpec, aux_layer_ids
+from torchspec_lib.target import TargetSpec, aux_layer_ids, read_target
 
 
 def run_config(**changes) -> RunConfig:
@@ -154,3 +155,17 @@ def test_colocation_shares_bundles_and_debug_modes_leave_one_side_out():
     assert bundles("colocate") == (1, 0, 1)
     assert bundles("debug_train_only") == (1, 0, 1)
     assert bundles("debug_inference_only") == (0, 1, 1)
+
+
+def test_a_targets_fingerprint_tells_other_weights_of_the_same_size(tmp_path):
+    def fingerprint(weights: bytes) -> str:
+        config = target().model_dump(exclude={"path", "fingerprint", "rope_parameters"})
+        config |= {"num_hidden_layers": 32, "rope_theta": 1e6}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / "model.safetensors").write_bytes(weights)
+        return read_target(ModelConfig(target=str(tmp_path))).fingerprint
+
+    weights = bytes(3_000_000)
+    assert fingerprint(weights) == fingerprint(weights)
+    assert fingerprint(weights) != fingerprint(weights[:-1] + b"x")
+    assert fingerprint(weights) != fingerprint(b"x" + weights[1:])
