@@ -31,6 +31,12 @@ def preflight(run: RunConfig) -> TargetSpec:
     """
     target = read_target(run.model)
     aux_layer_ids(run.draft, target)
+    if run.cluster.placement.startswith("debug_"):
+        raise ConfigError(
+            "cluster.placement",
+            f"{run.cluster.placement!r} runs one side alone, to measure it, and trains no draft",
+            "Use 'separate' or 'colocate'",
+        )
     for name in ("train", "heldout"):
         for index, source in enumerate(getattr(run.data, name)):
             if Path(source).suffix:

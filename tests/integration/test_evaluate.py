@@ -16,12 +16,13 @@ from torchspec_lib.config import (
 )
 from torchspec_lib.data.dataset import load_draft_vocab, load_heldout, prepare_dataset
 from torchspec_lib.errors import DraftFormatError
-from torchspec_lib.evaluation.evaluate import _Bench, _load_target, evaluate_draft, prompt_set
+from torchspec_lib.evaluation.evaluate import _Bench, evaluate_draft, prompt_set
 from torchspec_lib.evaluation.speculative import Decoded
 from torchspec_lib.models.draft_config import DraftModelConfig
 from torchspec_lib.models.eagle3 import Eagle3Draft
 from torchspec_lib.models.export import load_draft, save_draft
 from torchspec_lib.models.target_head import TargetHead
+from torchspec_lib.models.target_model import load_target
 from torchspec_lib.target import read_target
 
 TINY_TARGET = PROJECT_ROOT / "examples" / "tiny_target"
@@ -78,7 +79,7 @@ def test_an_evaluation_reports_figures_with_their_conditions(setting):
 
 def test_an_answer_that_differs_is_reported_with_how_close_the_choice_was(setting, caplog):
     run, target, draft_dir, dataset_dir = setting
-    model, _ = _load_target(run, target)
+    model = load_target(target, run.model.dtype, torch.device("cpu"), trust_remote_code=False)
     bench = _Bench(run, target, model, load_draft(draft_dir))
     prompt = load_heldout(dataset_dir)[0]
     right = bench._plain(prompt)

@@ -6,13 +6,14 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from torchspec_lib.config import RunConfig
+from torchspec_lib.data.chat import ChatTokenizer
 from torchspec_lib.data.dataset import load_heldout
 from torchspec_lib.data.selection import HeldoutPrompt
 from torchspec_lib.evaluation.acceptance import accept_length, accept_rates
@@ -25,6 +26,7 @@ from torchspec_lib.evaluation.speculative import (
     length_of_agreement,
 )
 from torchspec_lib.models.export import LoadedDraft, load_draft, validate_draft
+from torchspec_lib.models.target_model import load_target
 from torchspec_lib.results import EvalReport, PromptResult
 from torchspec_lib.target import TargetSpec
 
@@ -54,7 +56,9 @@ def evaluate_draft(
     """
     validate_draft(draft_dir, target)
     prompts = load_heldout(dataset_dir)[: run.evaluation.max_prompts]
-    model, tokenizer = _load_target(run, target)
+    remote = run.model.trust_remote_code
+    model = load_target(target, run.model.dtype, torch.device(run.cluster.device), remote)
+    tokenizer = ChatTokenizer.load(target.path, remote).tokenizer
     loaded = load_draft(draft_dir)
     bench = _Bench(run, target, model, loaded)
     bench.warm_up(prompts[0])
@@ -179,18 +183,6 @@ def _timed(call: Callable[[], _Result]) -> tuple[_Result, float]:
     start = time.perf_counter()
     result = call()
     return result, time.perf_counter() - start
-
-
-def _load_target(run: RunConfig, target: TargetSpec) -> tuple[nn.Module, Any]:
-    """The target as a causal LM on its device, and its tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    remote = run.model.trust_remote_code
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        target.path, dtype=getattr(torch, run.model.dtype), trust_remote_code=remote
-    )
-    tokenizer = AutoTokenizer.from_pretrained(target.path, trust_remote_code=remote)
-    return model.to(run.cluster.device).eval(), tokenizer
 
 
 def _result(

@@ -8,8 +8,7 @@ their place: so the output is plain greedy decoding's (Leviathan et al. 2023, ar
 as far as the target gives the same choice for one row at a time and for K + 1 rows at once.
 """
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +20,7 @@ from transformers import DynamicCache
 
 from torchspec_lib.evaluation.acceptance import ChainCounts
 from torchspec_lib.models.eagle3 import Eagle3Draft, KeyValueCache
+from torchspec_lib.models.target_model import captured_outputs, decoder_parts
 
 
 class Drafter(Protocol):
@@ -108,7 +108,7 @@ class SpeculativeDecoder:
     def __init__(self, model: nn.Module, aux_layer_ids: Sequence[int], drafter: Drafter) -> None:
         """``model``: a causal LM with ``model.layers``; layer ids count these from 0."""
         self._target, self._drafter = CachedTarget(model), drafter
-        layers: Any = model.get_submodule("model.layers")
+        _, layers, _ = decoder_parts(model)
         self._layers = [layers[i] for i in aux_layer_ids]
 
     @torch.inference_mode()
@@ -116,7 +116,7 @@ class SpeculativeDecoder:
         self, prompt_ids: Sequence[int], max_new_tokens: int, eos_ids: Collection[int]
     ) -> Decoded:
         """Emit what ``decode_plain`` emits."""
-        with _captured(self._layers) as states:
+        with captured_outputs(self._layers) as states:
             emitted = [self._target.start(prompt_ids)]
             self._drafter.start()
             newest, aux_TA = [*prompt_ids[1:], *emitted], _concat(states)
@@ -177,25 +177,6 @@ class ChainDrafter:
         """The target id of the last row's likeliest token."""
         draft_id = int(self._draft.logits(out_TH[-1:])[0].argmax())
         return draft_id if self._target_ids is None else int(self._target_ids[draft_id])
-
-
-@contextmanager
-def _captured(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """The outputs [T, Ht] of ``layers`` in the latest forward, in their order."""
-    states: list[Tensor] = [torch.empty(0)] * len(layers)
-
-    def keep(index: int) -> Any:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            states[index] = (output[0] if isinstance(output, tuple) else output)[0]
-
-        return hook
-
-    handles = [layer.register_forward_hook(keep(i)) for i, layer in enumerate(layers)]
-    try:
-        yield states
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _concat(states: Sequence[Tensor]) -> Tensor:

@@ -5,9 +5,8 @@ that a resumed run sees bit for bit the same states. The fast engine is SGLang's
 """
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch import nn
 from torchspec_lib.errors import EngineError, StoreFullError, StoreUnavailableError
 from torchspec_lib.inference.engine.base import SelfCheck
 from torchspec_lib.models.target_head import TargetHead
+from torchspec_lib.models.target_model import captured_outputs, decoder_parts, load_target
 from torchspec_lib.target import TargetSpec
 from torchspec_lib.transfer.store import TensorStore
 from torchspec_lib.types import (
@@ -45,7 +45,7 @@ class HFEngine:
         """``model`` is the target as a causal LM, in eval mode on its device."""
         self._model, self._target, self._store = model, target, store
         self._aux_layer_ids = tuple(aux_layer_ids)
-        self._decoder, self._layers, self._final_norm = _parts(model)
+        self._decoder, self._layers, self._final_norm = decoder_parts(model)
         parameter = next(model.parameters())
         self._device, self._dtype = parameter.device, parameter.dtype
 
@@ -59,12 +59,8 @@ class HFEngine:
         device: torch.device,
         trust_remote_code: bool = False,
     ) -> Self:
-        from transformers import AutoModelForCausalLM
-
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
-            target.path, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
-        )
-        return cls(model.to(device).eval(), target, aux_layer_ids, store)
+        model = load_target(target, dtype, device, trust_remote_code)
+        return cls(model, target, aux_layer_ids, store)
 
     def capture(self, requests: Sequence[CaptureRequest]) -> list[CaptureResult]:
         """Capture ``requests``: one result each, in order."""
@@ -94,35 +90,16 @@ class HFEngine:
     def _states(self, prompt: Prompt) -> dict[str, torch.Tensor]:
         """What a sample holds; see ``SampleRef``."""
         ids = torch.tensor(prompt.token_ids, dtype=torch.int32)
-        with torch.inference_mode(), self._hooks() as captured:
+        modules = [*(self._layers[i] for i in self._aux_layer_ids), self._final_norm]
+        with torch.inference_mode(), captured_outputs(modules) as states:
             self._decoder(input_ids=ids[None].long().to(self._device), use_cache=False)
-            aux = torch.cat([captured[layer] for layer in self._aux_layer_ids], dim=-1)
+            *aux, last = states
             return {
                 "input_ids": ids,
                 "loss_mask": torch.tensor(prompt.loss_mask, dtype=torch.bool),
-                "aux_hidden_states": aux.cpu(),
-                "last_hidden_states": captured[_FINAL_NORM].cpu(),
+                "aux_hidden_states": torch.cat(aux, dim=-1).cpu(),
+                "last_hidden_states": last.cpu(),
             }
-
-    @contextmanager
-    def _hooks(self) -> Iterator[dict[int, torch.Tensor]]:
-        """Collects [T, Ht] states by layer id during a forward of one prompt."""
-        captured: dict[int, torch.Tensor] = {}
-
-        def hook(layer: int) -> Any:
-            def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                states = output[0] if isinstance(output, tuple) else output
-                captured[layer] = states[0]
-
-            return keep
-
-        handles = [self._layers[i].register_forward_hook(hook(i)) for i in self._aux_layer_ids]
-        handles.append(self._final_norm.register_forward_hook(hook(_FINAL_NORM)))
-        try:
-            yield captured
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def self_check(self) -> SelfCheck:
         """Rebuild the target's logits from a captured sample, as read back from the store.
@@ -170,21 +147,6 @@ class HFEngine:
         del self._model, self._decoder, self._layers, self._final_norm
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-_FINAL_NORM = -1
-"""Key of the state after the final norm, beside the layer ids."""
-
-
-def _parts(model: nn.Module) -> tuple[nn.Module, nn.ModuleList, nn.Module]:
-    """The decoder without its head, its layers, and its final norm."""
-    decoder = getattr(model, "model", None)
-    layers, norm = getattr(decoder, "layers", None), getattr(decoder, "norm", None)
-    if decoder is None or not isinstance(layers, nn.ModuleList) or norm is None:
-        raise EngineError(
-            "hf", f"{type(model).__name__} has no model.layers and model.norm to capture from"
-        )
-    return decoder, layers, norm
 
 
 def _probe_prompt(target: TargetSpec) -> Prompt:

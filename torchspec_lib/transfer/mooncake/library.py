@@ -3,6 +3,8 @@
 import importlib
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 from torchspec_lib.errors import DependencyError
@@ -58,3 +60,16 @@ def missing_dependency(message: str) -> DependencyError:
     else:
         remedy = f"Install the system package that holds {found.group(0)}"
     return DependencyError(f"Mooncake needs {found.group(0)}, which isn't there", remedy)
+
+
+@contextmanager
+def muted_stderr() -> Iterator[None]:
+    """Hold back what Mooncake's own code writes: closing, it complains of being closed."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)

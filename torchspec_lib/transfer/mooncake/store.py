@@ -20,7 +20,7 @@ import torch
 
 from torchspec_lib.errors import SampleLostError, StoreFullError, StoreUnavailableError
 from torchspec_lib.transfer.mooncake.layout import pack_into, packed_size, unpack
-from torchspec_lib.transfer.mooncake.library import load_library
+from torchspec_lib.transfer.mooncake.library import load_library, muted_stderr
 from torchspec_lib.transfer.store import StoreAddress
 from torchspec_lib.types import SampleKey, SampleRef
 
@@ -142,7 +142,8 @@ class MooncakeStore:
                 return
             self._closing.set()
             self._calls.wait_for(lambda: self._num_calls == 0)
-        self._client.close()
+        with muted_stderr():
+            self._client.close()
 
     @contextmanager
     def _call(self, operation: str) -> Iterator[None]:
