@@ -130,33 +130,14 @@ class InferenceConfig(Settings):
 
     engine: Literal["hf"] = "hf"
     inference_num_gpus: PositiveInt = 1
-    """GPUs of all engines together; with ``cluster.device: cpu`` the number of engines."""
+    """Engines, on a GPU each, or with ``cluster.device: cpu`` on a core each."""
     inference_num_gpus_per_node: PositiveInt = 8
-    num_gpus_per_engine: PositiveInt = 1
     request_size: PositiveInt = 4
     """Prompts that an engine is handed at a time."""
     max_attempts: PositiveInt = 3
     """Captures of a prompt that are tried before it is rejected."""
     max_failed_fraction: Fraction = 0.05
     """Share of rejected prompts above which the run ends with an error."""
-
-    @property
-    def num_engines(self) -> int:
-        return self.inference_num_gpus // self.num_gpus_per_engine
-
-    @model_validator(mode="after")
-    def _engines_fit(self) -> Self:
-        if self.inference_num_gpus % self.num_gpus_per_engine:
-            raise ValueError(
-                f"inference_num_gpus ({self.inference_num_gpus}) must be a multiple of "
-                f"num_gpus_per_engine ({self.num_gpus_per_engine})"
-            )
-        if self.num_gpus_per_engine > self.inference_num_gpus_per_node:
-            raise ValueError(
-                f"num_gpus_per_engine ({self.num_gpus_per_engine}) must not exceed "
-                f"inference_num_gpus_per_node ({self.inference_num_gpus_per_node})"
-            )
-        return self
 
 
 class TransferConfig(Settings):

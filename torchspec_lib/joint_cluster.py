@@ -5,14 +5,10 @@ manager. A context manager, so that whatever fails or interrupts, all of it goes
 """
 
 import logging
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import ray
@@ -66,25 +62,7 @@ def joint_cluster(
     with ExitStack() as stack:
         stack.enter_context(inputs.folder.claim())
         inputs.folder.open(run)
-        stack.enter_context(_leaving_on_sigterm())
         yield JointCluster(_bring_up(stack, inputs).train)
-
-
-@contextmanager
-def _leaving_on_sigterm() -> Iterator[None]:
-    """Have SIGTERM, by which clusters preempt, unwind like Ctrl-C. Only a main thread can."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def leave(number: int, _frame: FrameType | None) -> None:
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _bring_up(stack: ExitStack, inputs: RunInputs) -> "TrainingRun":

@@ -92,11 +92,8 @@ def make_plan(run: RunConfig, target: TargetSpec, num_prompts: int, longest: int
         training_bundles=training,
         inference_bundles=inference,
         training_num_nodes=run.training.training_num_nodes if training else 0,
-        inference_num_nodes=math.ceil(
-            sum(max(b.num_gpus, b.num_cpus) for b in inference)
-            / run.inference.inference_num_gpus_per_node
-        ),
-        num_engines=run.inference.num_engines,
+        inference_num_nodes=math.ceil(len(inference) / run.inference.inference_num_gpus_per_node),
+        num_engines=run.inference.inference_num_gpus,
         num_steps=math.ceil(num_prompts * run.training.num_epochs / batch),
         bytes_per_token=bytes_per_token,
         sample_bytes=sample_bytes,
@@ -110,7 +107,7 @@ def _budgets(run: RunConfig, sample_bytes: int) -> tuple[int, int]:
     """Bytes that may be in flight, and the store's segment that holds them."""
     transfer, batch = run.transfer, run.training.global_batch_size
     needed = batch * sample_bytes
-    working = run.inference.num_engines * run.inference.request_size * sample_bytes
+    working = run.inference.inference_num_gpus * run.inference.request_size * sample_bytes
     if transfer.max_in_flight_bytes is not None:
         in_flight = transfer.max_in_flight_bytes
     elif transfer.segment_bytes is not None:
@@ -140,14 +137,13 @@ def _budgets(run: RunConfig, sample_bytes: int) -> tuple[int, int]:
 
 def _bundles(run: RunConfig) -> tuple[tuple[Bundle, ...], tuple[Bundle, ...]]:
     placement, on_gpu = run.cluster.placement, run.cluster.device == "cuda"
-    per_engine = run.inference.num_gpus_per_engine
     if placement == "colocate":
         shared = Bundle(roles=("training", "inference"), num_cpus=2, num_gpus=int(on_gpu))
         return (shared,) * run.training.world_size, ()
     trainer = Bundle(roles=("training",), num_cpus=1, num_gpus=int(on_gpu))
-    engine = Bundle(roles=("inference",), num_cpus=per_engine, num_gpus=per_engine if on_gpu else 0)
+    engine = Bundle(roles=("inference",), num_cpus=1, num_gpus=int(on_gpu))
     training = (trainer,) * run.training.world_size
-    inference = (engine,) * run.inference.num_engines
+    inference = (engine,) * run.inference.inference_num_gpus
     if placement == "debug_train_only":
         return training, ()
     if placement == "debug_inference_only":

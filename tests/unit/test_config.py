@@ -81,7 +81,6 @@ def test_an_impossible_value_is_refused_where_it_stands(section, key, value):
         ({"training": {"micro_batch_tokens": 100}}, "must hold the longest sample"),
         ({"transfer": {"protocol": "rdma"}}, "device_name"),
         ({"transfer": {"device_name": "mlx5_0"}}, "device_name"),
-        ({"inference": {"inference_num_gpus": 3, "num_gpus_per_engine": 2}}, "multiple"),
         ({"draft": {"aux_layer_ids": [3, 1]}}, "ascending"),
         (
             {
