@@ -183,7 +183,9 @@ def test_a_killed_run_resumes_from_its_checkpoint_and_the_accounts_add_up(tmp_pa
     driver.process.kill()
     driver.finish()
     wait_for(lambda: not [p for p in driver.leftovers() if "ts-" not in p], "end of the actors", 60)
-    summary = Driver(run, tmp_path).summary()
+    resumed = Driver(run, tmp_path)
+    summary = resumed.summary()
+    assert resumed.leftovers() == [], "not even of the killed run"
     assert summary["resumed_from_step"] >= 5
     assert (summary["num_trained"], summary["num_steps"]) == (120, 30)
     steps = RunFolder(run.data_path / "runs" / summary["run_id"]).read_metrics()

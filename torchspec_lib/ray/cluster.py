@@ -43,6 +43,7 @@ LOCAL_LABEL = {"torchspec-instance": "local"}
 AUTH_TOKEN = secrets.token_hex(16)
 """Of the instances that this process starts, one after the other: Ray reads it once."""
 EXIT_TIMEOUT_S = 5.0
+TEMP_PREFIX, OWNER_FILE = "ts-", "owner"
 MAX_TEMP_ROOT = 29
 """A Unix socket's path has at most 107 characters, and up to 78 are Ray's and ours."""
 
@@ -154,9 +155,10 @@ def forwarded_env(environ: Mapping[str, str]) -> dict[str, str]:
 @contextmanager
 def _local_instance(plan: ClusterPlan, num_gpus: int | None) -> Iterator[None]:
     root = tempfile.gettempdir()
-    folder = Path(
-        tempfile.mkdtemp(prefix="ts-", dir=root if len(root) <= MAX_TEMP_ROOT else "/tmp")
-    )
+    root = root if len(root) <= MAX_TEMP_ROOT else "/tmp"
+    _remove_orphans(Path(root))
+    folder = Path(tempfile.mkdtemp(prefix=TEMP_PREFIX, dir=root))
+    (folder / OWNER_FILE).write_text(str(os.getpid()))
     needed_cpus = sum(bundle.num_cpus for bundle in plan.bundles) + SPARE_CPUS
     python_path = [str(PROJECT_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {
@@ -200,6 +202,13 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+def _remove_orphans(root: Path) -> None:
+    """Remove what runs that were killed couldn't: folders whose owner isn't there any more."""
+    for note in root.glob(f"{TEMP_PREFIX}*/{OWNER_FILE}"):
+        if not psutil.pid_exists(int(note.read_text())):
+            shutil.rmtree(note.parent, ignore_errors=True)  # another run may be faster
 
 
 def _take_down(folder: Path) -> None:
