@@ -1,0 +1,197 @@
+"""Reports on a draft: how it learned, and what it is worth."""
+
+import math
+from collections.abc import Sequence
+from itertools import chain, repeat
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tasks.report_page import (
+    ACCENT,
+    GOOD,
+    MUTED,
+    WARM,
+    axes,
+    facts,
+    highlighted,
+    note,
+    page,
+    plot,
+    section,
+    tiles,
+)
+from torchspec_lib.plan import MIB
+from torchspec_lib.registry.gate import conditions
+from torchspec_lib.results import EvalReport, PromptResult, TrainSummary
+from torchspec_lib.types import StepMetrics
+
+NUM_SAMPLES = 6
+NUM_WINDOWS = 25
+"""Points of a smoothed curve: windows of steps whose counts are taken together."""
+
+
+def training_report(summary: TrainSummary, steps: Sequence[StepMetrics]) -> str:
+    """How the draft learned, how fast, and who waited."""
+    rejected = {f"rejected: {reason}": f"{n:,}" for reason, n in summary.rejected.items()}
+    resumed = summary.resumed_from_step
+    return page(
+        "Training",
+        f"run {summary.run_id}" + (f", resumed from step {resumed}" if resumed else ""),
+        tiles(
+            {
+                "accept length, simulated": f"{summary.accept_length:.2f}",
+                "loss of the last step": f"{summary.loss:.3f}",
+                "steps": f"{summary.num_steps:,}",
+                "samples trained": f"{summary.num_trained:,}",
+                "rejected": f"{summary.num_rejected:,}",
+                "tokens": f"{summary.num_tokens:,}",
+            }
+        ),
+        section("Learning", _learning_plot(steps)),
+        section("Throughput", _throughput_plot(steps)),
+        section(
+            "Accounts",
+            facts(
+                {
+                    "trained + rejected": f"{summary.num_trained:,} + {summary.num_rejected:,} = "
+                    f"{summary.num_prompts:,} prompts x {summary.num_epochs} epoch(s)",
+                    "hidden states streamed": f"{summary.bytes_streamed / MIB:,.0f} MiB",
+                    "wall time": f"{summary.wall_s:.1f} s, of which trainer rank 0 waited "
+                    f"{summary.trainer_wait_s:.1f} s for samples",
+                    **rejected,
+                }
+            ),
+        ),
+    )
+
+
+def _windows(steps: Sequence[StepMetrics]) -> list[Sequence[StepMetrics]]:
+    size = math.ceil(len(steps) / NUM_WINDOWS)
+    return [steps[i : i + size] for i in range(0, len(steps), size)]
+
+
+def _learning_plot(steps: Sequence[StepMetrics]) -> str:
+    windows = _windows(steps)
+    ends = [window[-1].step for window in windows]
+    rates_WK = np.array([_accept_rates(window) for window in windows])
+    figure, (loss, rates) = axes(["loss in nats", "accept rate by depth"], 3.0)
+    loss.plot([s.step for s in steps], [s.loss for s in steps], color=ACCENT, alpha=0.3, lw=0.8)
+    loss.plot(ends, [np.mean([s.loss for s in window]) for window in windows], color=ACCENT)
+    loss.set(xlabel="step", ylim=(0, None))
+    for depth, rates_W in enumerate(rates_WK.T):
+        alpha = 1.0 - 0.75 * depth / rates_WK.shape[1]
+        rates.plot(ends, rates_W, color=GOOD, alpha=alpha, label=f"{depth}")
+    rates.legend(title="depth", frameon=False, fontsize=8, loc="upper left")
+    rates.set(xlabel="step", ylim=(0, 1))
+    return plot(
+        figure,
+        "Loss of every step and its mean; share of the draft's tokens that are the target's own "
+        "choice, at each depth given that all before were right",
+    )
+
+
+def _accept_rates(steps: Sequence[StepMetrics]) -> npt.NDArray[np.float64]:
+    """By depth, from the counts of several steps taken together; NaN where none got so far."""
+    chains_K = np.sum([step.chains for step in steps], axis=0)
+    matches_K = np.sum([step.matches for step in steps], axis=0)
+    return np.where(chains_K > 0, matches_K / np.maximum(chains_K, 1), np.nan)
+
+
+def _throughput_plot(steps: Sequence[StepMetrics]) -> str:
+    windows = _windows(steps)
+    ends = [window[-1].step for window in windows]
+    seconds = [sum(s.step_s + s.wait_s for s in window) for window in windows]
+    tokens = [sum(s.num_tokens for s in window) for window in windows]
+    waits = [sum(s.wait_s for s in window) for window in windows]
+    figure, (speed, wait) = axes(["tokens per second", "share of time spent waiting"], 2.4)
+    speed.plot(ends, [t / s for t, s in zip(tokens, seconds, strict=True)], color=ACCENT)
+    speed.set(xlabel="step", ylim=(0, None))
+    wait.fill_between(ends, [w / s for w, s in zip(waits, seconds, strict=True)], color=WARM, lw=0)
+    wait.set(xlabel="step", ylim=(0, 1))
+    return plot(
+        figure, "Tokens of all ranks per second; how long trainer rank 0 waited for samples"
+    )
+
+
+def evaluation_report(report: EvalReport, tokenizer: Any) -> str:
+    """What the draft is worth: real speculative decoding, with its conditions."""
+    samples = (highlighted(_accepted_spans(p, tokenizer)) for p in report.prompts[:NUM_SAMPLES])
+    return page(
+        "Evaluation",
+        conditions(report),
+        tiles(
+            {
+                "accept length": f"{report.accept_length:.2f}",
+                "plain decoding": "1.00",
+                "lossless": f"{report.num_lossless} of {report.num_prompts}",
+                "speed-up, measured": f"{report.measured_speedup:.2f}x",
+                "speed-up, projected": f"{report.projected_speedup:.2f}x",
+            }
+        ),
+        note(
+            "Accept length: new tokens per target forward, the target's own included. Measured: "
+            "wall-clock of this evaluation's Python loop. Projected: from the measured costs of "
+            "one draft and one target step, without the loop around them"
+        ),
+        section("Acceptance", _acceptance_plot(report)),
+        section(
+            "Figures",
+            facts(
+                {
+                    "new tokens": f"{report.num_new_tokens:,}",
+                    "target forwards": f"{report.num_target_forwards:,}, the prompts' included",
+                    "plain decoding took": f"{report.plain_s:.2f} s",
+                    "speculative decoding took": f"{report.speculative_s:.2f} s",
+                    "a draft step": f"{report.draft_step_s * 1e3:.2f} ms",
+                    "a target step": f"{report.target_step_s * 1e3:.2f} ms",
+                }
+            ),
+        ),
+        section(
+            "Answers",
+            note(
+                "Marked tokens were proposed by the draft and accepted; the others are the "
+                "target's own"
+            ),
+            *samples,
+        ),
+    )
+
+
+def _acceptance_plot(report: EvalReport) -> str:
+    accepted = list(chain.from_iterable(prompt.accepted for prompt in report.prompts))
+    counts = [accepted.count(n) for n in range(report.draft_steps + 1)]
+    titles = ["accept rate by position", "draft tokens accepted per target forward"]
+    figure, (rates, lengths) = axes(titles, 2.6)
+    for ax, places, values, form in (
+        (rates, range(1, report.draft_steps + 1), report.accept_rates, "{:.0%}"),
+        (lengths, range(report.draft_steps + 1), counts, "{:,}"),
+    ):
+        ax.bar_label(ax.bar(places, values, color=GOOD, width=0.7), fmt=form, color=MUTED)
+        ax.set_xticks(list(places))
+    rates.set(xlabel="position in the chain", ylim=(0, 1.1))
+    lengths.set(xlabel="tokens", ylim=(0, 1.1 * max(counts)))
+    return plot(
+        figure,
+        "Share of draft tokens accepted at each position given that all before were; how many "
+        "were accepted at once",
+    )
+
+
+def _accepted_spans(prompt: PromptResult, tokenizer: Any) -> list[tuple[str, bool]]:
+    """An answer cut into tokens: (text, was the draft's). Unmarked where the cuts aren't certain.
+
+    The answer's text is tokenized again; unless that gives as many tokens as were decoded, but
+    for an end-of-turn token that isn't shown, the marks would be off.
+    """
+    text = prompt.output_text
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    cuts = [begin for begin, _ in offsets["offset_mapping"]]
+    if prompt.num_new_tokens - len(cuts) not in (0, 1):
+        return [(text, False)]
+    chains = ([*repeat(True, n), False] for n in prompt.accepted)
+    is_drafts = chain([False], chain.from_iterable(chains))  # the prompt's forward gives the first
+    pieces = zip(cuts, [*cuts[1:], len(text)], is_drafts, strict=False)
+    return [(text[begin:end], is_draft) for begin, end, is_draft in pieces]

@@ -1,0 +1,53 @@
+"""The shipped files are valid, and say what they promise."""
+
+import doctest
+from pathlib import Path
+
+import pytest
+import yaml
+from flytekit.configuration import Config, ImageConfig
+
+from tasks import run_input
+from tasks.run_input import RunInput
+from torchspec_lib.config import PROJECT_ROOT, find_path
+
+CONFIGS = sorted((PROJECT_ROOT / "configs").glob("*.yaml"))
+
+
+def load(path: Path) -> RunInput:
+    inputs = yaml.safe_load(path.read_text())
+    assert list(inputs) == ["run"]
+    return RunInput.model_validate(inputs["run"])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_is_a_valid_input(path: Path) -> None:
+    run = load(path)
+    for source in (run.model.target, *run.data.train, *run.data.heldout):
+        if source.startswith("examples/"):
+            find_path(source, source)
+
+
+def test_the_demo_s_variants_differ_in_ranks_only() -> None:
+    two, one = (load(PROJECT_ROOT / f"configs/{name}.yaml") for name in ("tiny", "tiny_one_rank"))
+    training = two.training.model_copy(update={"training_num_gpus_per_node": 1})
+    assert two.model_copy(update={"training": training}) == one
+
+
+def test_the_flyte_config_names_the_cluster_the_project_and_both_images() -> None:
+    path = str(PROJECT_ROOT / "flyte.config.yaml")
+    platform = Config.auto(path).platform
+    assert platform.endpoint == "localhost:30080"
+    assert platform.insecure
+    images = {image.name: image.full for image in ImageConfig.auto(path).images}
+    assert images == {"default": "torchspec-flyte:cpu", "gpu": "torchspec-flyte:gpu"}
+    assert yaml.safe_load(Path(path).read_text())["task"] == {
+        "project": "torchspec",
+        "domain": "development",
+    }
+
+
+def test_the_examples_in_docstrings_hold() -> None:
+    failed, attempted = doctest.testmod(run_input)
+    assert attempted
+    assert not failed
