@@ -38,7 +38,7 @@ package: $(READY)  ## everything that a Flyte cluster registers, offline
 	$(BIN)/pyflyte --pkgs workflows package --image default=torchspec-flyte:cpu --image gpu=torchspec-flyte:gpu --output build/flyte-package.tgz -f
 
 constraints: $(READY)  ## pin what this environment has
-	{ head -n 1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable; } > constraints.new
+	{ head -n 1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed "s/+cpu$$//"; } > constraints.new
 	mv constraints.new constraints.txt
 
 clean:
