@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-CONFIG ?= configs/tiny.yaml
+# Two ranks and an engine take some 4 GiB.
+FREE_MIB := $(shell awk '/MemAvailable/ {print int($$2 / 1024)}' /proc/meminfo)
+CONFIG ?= $(if $(shell test $(FREE_MIB) -ge 5000 && echo roomy),configs/tiny.yaml,configs/tiny_one_rank.yaml)
 
 .PHONY: demo test check fmt setup package constraints clean
 .DEFAULT_GOAL := demo
@@ -31,7 +33,7 @@ $(READY): pyproject.toml constraints.txt tools/system_libraries.sh
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25"
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cpu,dev]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cpu,dev]'
 	touch $(READY)
 
 package: $(READY)  ## everything that a Flyte cluster registers, offline

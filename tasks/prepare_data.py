@@ -4,7 +4,7 @@ from flytekit import task
 from flytekit.types.directory import FlyteDirectory
 
 from tasks.outputs import PreparedData
-from tasks.resources import CPU_IMAGE, DATA_PREPARATION
+from tasks.resources import CPU_IMAGE, DATA_PREPARATION, cluster_nodes
 from tasks.run_input import RunInput
 from tasks.stage import stage
 
@@ -20,7 +20,7 @@ def prepare_data(run: RunInput) -> PreparedData:
         from torchspec_lib import pipeline
 
         # Before anything is imported that takes seconds: a mistake is told at once.
-        target = pipeline.preflight(run)
+        target = pipeline.preflight(run, cluster_nodes())
 
         from tasks import reports
         from torchspec_lib.data.chat import ChatTokenizer

@@ -3,7 +3,7 @@
 from flytekit import task
 
 from tasks.outputs import PreparedData, ProvisionedCluster
-from tasks.resources import CPU_IMAGE, TINY
+from tasks.resources import CPU_IMAGE, TINY, cluster_nodes
 from tasks.run_input import RunInput
 from tasks.stage import stage
 
@@ -14,7 +14,9 @@ def provision_cluster(run: RunInput, data: PreparedData) -> ProvisionedCluster:
     with stage("provision_cluster") as watch:
         from tasks import reports
         from torchspec_lib import pipeline
+        from torchspec_lib.registry import registry
 
-        plan = pipeline.provision(run, data.manifest)
+        plan = pipeline.provision(run, data.manifest, cluster_nodes())
+        registry.champion(run, data.target)  # raises where it belongs to another target
         reports.publish("plan", reports.plan_report(plan), data.run_folder(run))
         return ProvisionedCluster(plan=plan, wall_s=watch.elapsed_s)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from flytekit import Resources
 
+from tasks.stage import is_local
+
 CPU_IMAGE = "{{.image.default.fqn}}:{{.image.default.version}}"
 GPU_IMAGE = "{{.image.gpu.fqn}}:{{.image.gpu.version}}"
 
@@ -33,3 +35,14 @@ RAY_HEAD = Resources(cpu="4", mem="16Gi")
 TRAINING = WorkerGroup("training", num_nodes=1, gpus_per_node=4, cpu="32", mem="256Gi")
 INFERENCE = WorkerGroup("inference", num_nodes=1, gpus_per_node=4, cpu="32", mem="512Gi")
 """Its memory holds the store's segments too."""
+
+
+def cluster_nodes() -> list[dict[str, float]] | None:
+    """The nodes that KubeRay will bring up for the training task; None in a local run."""
+    if is_local():
+        return None
+    return [
+        {"GPU": float(group.gpus_per_node), "CPU": float(group.cpu)}
+        for group in (TRAINING, INFERENCE)
+        for _ in range(group.num_nodes)
+    ]

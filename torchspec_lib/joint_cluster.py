@@ -4,7 +4,6 @@ Ray -> placement groups -> Mooncake master and clients -> engines and trainers -
 manager. A context manager, so that whatever fails or interrupts, all of it goes.
 """
 
-import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,8 +26,6 @@ from torchspec_lib.training.trainer_actor import TrainerActor, TrainerSpec
 from torchspec_lib.training_run import RunInputs, TrainingRun, driver_actor, get
 from torchspec_lib.transfer.mooncake.master import MooncakeClient, MooncakeMaster
 from torchspec_lib.transfer.store import StoreAddress
-
-logger = logging.getLogger(__name__)
 
 EXIT_TIMEOUT_S = 10.0
 """For an actor to end by itself."""
@@ -56,7 +53,7 @@ def joint_cluster(
     inputs = RunInputs.of(run, plan, dataset_dir, manifest)
     finished = None if run.fresh else inputs.folder.finished()
     if finished is not None:
-        logger.info("event=already_trained run=%s", inputs.folder.run_id)
+        _phase(f"run {inputs.folder.run_id} is trained already (fresh: true trains it again)")
         yield JointCluster(lambda: finished)
         return
     with ExitStack() as stack:
@@ -82,6 +79,7 @@ def _bring_up(stack: ExitStack, inputs: RunInputs) -> "TrainingRun":
             run=run,
             target=inputs.target,
             plan=plan,
+            dataset_id=inputs.manifest.dataset_id,
             dataset_dir=str(inputs.dataset_dir),
             rank=rank,
             world_size=run.training.world_size,

@@ -5,6 +5,7 @@ Nothing in this module starts an actor or reads a weight.
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -12,7 +13,7 @@ import psutil
 from torchspec_lib.config import RunConfig, find_path
 from torchspec_lib.errors import ConfigError
 from torchspec_lib.plan import ClusterPlan, make_plan
-from torchspec_lib.ray.capacity import missing_resources, placement_error
+from torchspec_lib.ray.capacity import Node, missing_resources, placement_error
 from torchspec_lib.results import DatasetManifest
 from torchspec_lib.target import TargetSpec, aux_layer_ids, read_target
 
@@ -22,8 +23,13 @@ PROCESS_BYTES = 600 << 20
 """Resident memory of a Python process with torch and transformers, before any weights."""
 
 
-def preflight(run: RunConfig) -> TargetSpec:
-    """Check a configuration against the target and this machine, in a second.
+def preflight(run: RunConfig, nodes: Sequence[Node] | None = None) -> TargetSpec:
+    """Check a configuration against the target and what will run it, in a second.
+
+    Args:
+        run: The configuration.
+        nodes: What the cluster's nodes will have, where they aren't there yet. Otherwise it is
+            this machine, or the cluster that RAY_ADDRESS names.
 
     Raises:
         ConfigError: A setting is impossible, with its full path and what to change.
@@ -43,20 +49,22 @@ def preflight(run: RunConfig) -> TargetSpec:
                 find_path(source, f"data.{name}[{index}]")
     _check_sizes(run, target)
     plan = make_plan(run, target, num_prompts=0, longest=run.data.max_length)
-    _check_machine(plan)
+    _check_room(plan, nodes)
     return target
 
 
-def provision(run: RunConfig, manifest: DatasetManifest) -> ClusterPlan:
-    """Plan the cluster for a prepared data set, and check it against what is there.
+def provision(
+    run: RunConfig, manifest: DatasetManifest, nodes: Sequence[Node] | None = None
+) -> ClusterPlan:
+    """Plan the cluster for a prepared data set, and check it as ``preflight`` does.
 
     Raises:
         ConfigError: A setting is impossible.
         PlacementError: The cluster can't hold the plan.
     """
-    target = preflight(run)
+    target = preflight(run, nodes)
     plan = make_plan(run, target, manifest.num_prompts, manifest.longest)
-    _check_machine(plan)
+    _check_room(plan, nodes)
     return plan
 
 
@@ -74,6 +82,13 @@ def _check_sizes(run: RunConfig, target: TargetSpec) -> None:
             f"{run.draft.vocab_size} is more than the target's {target.vocab_size} tokens",
             "Lower it, or leave it out for the whole vocabulary",
         )
+
+
+def _check_room(plan: ClusterPlan, nodes: Sequence[Node] | None) -> None:
+    if nodes is None:
+        _check_machine(plan)
+    elif (missing := missing_resources(plan, nodes)) is not None:
+        raise placement_error(plan, nodes, missing)
 
 
 def _check_machine(plan: ClusterPlan) -> None:

@@ -94,9 +94,12 @@ class RunFolder:
         return self.path.with_suffix(".lock").open("w")
 
     def open(self, run: RunConfig) -> None:
-        """Make the folder, emptied where ``fresh`` asks for it, and note the configuration."""
-        if run.fresh and self.path.exists():
-            shutil.rmtree(self.path)
+        """Make the folder, where ``fresh`` says so without an older result, and note ``run``."""
+        if run.fresh:
+            for old in (self.checkpoints, self.draft):
+                shutil.rmtree(old, ignore_errors=True)
+            for file in (self.metrics, self.summary):
+                file.unlink(missing_ok=True)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         (self.path / "config.json").write_text(run.model_dump_json(indent=2))
 

@@ -31,6 +31,7 @@ class TrainerSpec:
     run: RunConfig
     target: TargetSpec
     plan: ClusterPlan
+    dataset_id: str
     dataset_dir: str
     rank: int
     world_size: int
@@ -66,15 +67,15 @@ class TrainerActor(RayActor):
         rendezvous = self._rendezvous or Rendezvous.connect(host, port)
         init_process_group(rendezvous, spec.rank, spec.world_size, self.device)
         self._store = connect(spec.store_address, self.node_ip, owns_memory=False)
-        training, dataset_dir = spec.run.training, Path(spec.dataset_dir)
+        training = spec.run.training
         self._trainer = Eagle3Trainer(
             spec.run,
             spec.target,
-            load_draft_vocab(dataset_dir),
+            load_draft_vocab(Path(spec.dataset_dir)),
             spec.plan.num_steps,
             CheckpointFolder(
                 spec.folder.checkpoints,
-                run_identity(spec.run, spec.target, dataset_id=dataset_dir.name),
+                run_identity(spec.run, spec.target, spec.dataset_id),
                 interval=training.checkpoint_interval,
                 keep=training.keep_checkpoints,
             ),
