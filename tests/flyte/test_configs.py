@@ -1,6 +1,7 @@
 """The shipped files are valid, and say what they promise."""
 
 import doctest
+import re
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,16 @@ def test_the_examples_in_docstrings_hold() -> None:
     failed, attempted = doctest.testmod(run_input)
     assert attempted
     assert not failed
+
+
+def test_the_readmes_settings_are_a_valid_run() -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", (PROJECT_ROOT / "README.md").read_text(), re.DOTALL)
+    run = RunInput.model_validate(yaml.safe_load(block)["run"])
+    assert run.model.target == "Qwen/Qwen3-8B"
+
+
+def test_the_readmes_commands_are_targets_of_the_makefile() -> None:
+    readme, makefile = ((PROJECT_ROOT / name).read_text() for name in ("README.md", "Makefile"))
+    commands = set(re.findall(r"^make (\w+)", readme, re.MULTILINE))
+    assert commands == {"demo", "test"}
+    assert commands <= set(re.findall(r"^(\w+):", makefile, re.MULTILINE))
