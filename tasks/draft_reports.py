@@ -58,13 +58,27 @@ def training_report(summary: TrainSummary, steps: Sequence[StepMetrics]) -> str:
                     "trained + rejected": f"{summary.num_trained:,} + {summary.num_rejected:,} = "
                     f"{summary.num_prompts:,} prompts x {summary.num_epochs} epoch(s)",
                     "hidden states streamed": f"{summary.bytes_streamed / MIB:,.0f} MiB",
-                    "wall time": f"{summary.wall_s:.1f} s, of which trainer rank 0 waited "
-                    f"{summary.trainer_wait_s:.1f} s for samples",
+                    "wall time": f"{summary.wall_s:.1f} s",
+                    "who waited": _who_waited(summary),
                     **rejected,
                 }
             ),
         ),
     )
+
+
+def _who_waited(summary: TrainSummary) -> str:
+    """Which side is the bottleneck, and what would help."""
+    trainers, engines = summary.trainer_wait_s, summary.capture_wait_s
+    shares = (
+        f"trainer rank 0 waited {trainers / summary.wall_s:.0%} of the time for samples, capturing "
+        f"{engines / summary.wall_s:.0%} for the trainers to fetch some"
+    )
+    if max(trainers, engines) < 0.1 * summary.wall_s:
+        return f"{shares}: well balanced"
+    if trainers > engines:
+        return f"{shares}: the engines are the bottleneck, another one would help"
+    return f"{shares}: the trainers are the bottleneck, another rank would help"
 
 
 def _windows(steps: Sequence[StepMetrics]) -> list[Sequence[StepMetrics]]:

@@ -47,6 +47,8 @@ class TrainSummary(Settings):
     wall_s: float
     trainer_wait_s: float
     """Time that trainer rank 0 spent waiting for samples."""
+    capture_wait_s: float
+    """Time that capturing stood still until trainers had fetched samples."""
 
 
 class PromptResult(Settings):

@@ -147,6 +147,7 @@ class TrainingRun:
             resumed_from_step=self._resume_step,
             wall_s=wall_s,
             trainer_wait_s=sum(step.wait_s for step in metrics),
+            capture_wait_s=stats.waited_for_bytes_s,
         )
 
 

@@ -43,6 +43,7 @@ SUMMARY = TrainSummary(
     resumed_from_step=0,
     wall_s=12.0,
     trainer_wait_s=1.5,
+    capture_wait_s=0.5,
 )
 
 

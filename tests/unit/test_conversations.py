@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from torchspec_lib.data.conversations import Message, open_source, read_conversations
+from torchspec_lib.data.conversations import Message, open_source
 from torchspec_lib.errors import ConfigError, DataError
 
 OPENAI = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
@@ -19,7 +19,7 @@ MESSAGES = (Message("user", "2 + 2?"), Message("assistant", "4"))
 
 
 def read(path):
-    return list(read_conversations(str(path), "train", "data.train[0]"))
+    return list(open_source(str(path), "train", "data.train[0]").conversations())
 
 
 def write_lines(path, *rows):

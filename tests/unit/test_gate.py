@@ -77,6 +77,7 @@ def make_candidate(tmp_path, **changes):
         resumed_from_step=0,
         wall_s=70.0,
         trainer_wait_s=3.0,
+        capture_wait_s=1.0,
     )
     fields = {
         "draft_dir": tmp_path,

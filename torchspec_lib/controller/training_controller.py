@@ -127,11 +127,6 @@ class TrainingController:
             reasons = [f"{n} x {reason}" for reason, n in self._ledger.rejections().items()]
             self._error = TooManyFailuresError(num_rejected, len(self._ledger), limit, reasons[:5])
 
-    async def fail(self, error: TorchSpecError) -> None:
-        """End the run: everybody who waits here gets ``error``."""
-        self._error = self._error or error
-        await self._wake()
-
     # Towards the trainers
 
     def _compose(self) -> None:

@@ -120,11 +120,6 @@ def open_source(source: str, split: str, key: str) -> Source:
     return Source(source, split, path=path, revision="")
 
 
-def read_conversations(source: str, split: str, key: str) -> Iterator[Conversation]:
-    """The conversations of one source; arguments and errors as for ``open_source``."""
-    return open_source(source, split, key).conversations()
-
-
 def _read_jsonl(path: Path, name: str) -> Rows:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):

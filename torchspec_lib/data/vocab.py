@@ -42,25 +42,3 @@ def choose_draft_vocab(
     by_frequency = np.argsort(-counts, kind="stable")
     others = by_frequency[~np.isin(by_frequency, fixed)]
     return np.sort(np.concatenate([fixed, others[: size - len(fixed)]]))
-
-
-def d2t_offsets(draft_to_target: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """[Vd] of offsets as serving engines read them: target id = ``j + d2t[j]``.
-
-    Example:
-        >>> d2t_offsets(np.array([0, 1, 3]))
-        array([0, 0, 1])
-    """
-    return draft_to_target - np.arange(len(draft_to_target), dtype=np.int64)
-
-
-def t2d_mask(draft_to_target: npt.NDArray[np.int64], vocab_size: int) -> npt.NDArray[np.bool_]:
-    """[V] bool: which target tokens the draft can propose.
-
-    Example:
-        >>> t2d_mask(np.array([0, 1, 3]), 5)
-        array([ True,  True, False,  True, False])
-    """
-    mask = np.zeros(vocab_size, dtype=np.bool_)
-    mask[draft_to_target] = True
-    return mask
