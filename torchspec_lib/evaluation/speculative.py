@@ -77,7 +77,7 @@ class CachedTarget:
     def forget(self, num_tokens: int) -> None:
         """Take back the newest tokens."""
         if num_tokens:
-            self._cache.crop(self._cache.get_seq_length() - num_tokens)
+            self._cache.crop(-num_tokens)
 
     def _greedy(self, token_ids: Sequence[int], logits_to_keep: int) -> list[int]:
         out = self._model(

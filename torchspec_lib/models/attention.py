@@ -36,7 +36,7 @@ class Rotary:
             rope_parameters=dict(config.rope_parameters),
         )
         with torch.device("cpu"):  # real numbers even where the draft is built on "meta"
-            embedding = LlamaRotaryEmbedding(llama, device="cpu")
+            embedding = LlamaRotaryEmbedding(llama)
         self.inv_freq = embedding.inv_freq
         self.attention_scaling = embedding.attention_scaling
 
