@@ -2,6 +2,7 @@
 
 import atexit
 import logging
+import os
 import shutil
 import signal
 import tempfile
@@ -49,6 +50,8 @@ def stage(title: str) -> Iterator[Stopwatch]:
     cluster they stay what they are, and Flyte shows them as the user's.
     """
     watch = Stopwatch()
+    # torch's default is a folder in /tmp, which it makes on import and leaves.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache/torch/inductor"))
     # A person at a terminal is told by titles and progress bars, a pod's log by events.
     logs.setup("driver", level=logging.WARNING if is_local() else logging.INFO)
     with terminable():
