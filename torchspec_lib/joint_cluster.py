@@ -62,7 +62,7 @@ def joint_cluster(
         yield JointCluster(_bring_up(stack, inputs).train)
 
 
-def _bring_up(stack: ExitStack, inputs: RunInputs) -> "TrainingRun":
+def _bring_up(stack: ExitStack, inputs: RunInputs) -> TrainingRun:
     start = time.monotonic()
     run, plan = inputs.run, inputs.plan
     _phase("starting or joining Ray")

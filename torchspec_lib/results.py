@@ -7,8 +7,9 @@ class DatasetManifest(Settings):
     """A prepared data set, addressed by the hash of everything that went into it.
 
     Lies as ``<data_root>/datasets/<dataset_id>/`` with ``manifest.json``, ``prompts.parquet``
-    (prompt_id, token_ids, loss_mask), ``heldout.parquet`` (prompt_id, prompt_token_ids, text)
-    and, for a pruned draft vocabulary, ``vocab.json`` (``draft_to_target``: ascending ids).
+    (prompt_id, token_ids, loss_mask, num_tokens, source), ``heldout.parquet`` (prompt_id,
+    prompt_token_ids, text, reference) and, for a pruned draft vocabulary, ``vocab.json``
+    (``draft_to_target``: ascending ids).
     """
 
     dataset_id: str
@@ -79,6 +80,7 @@ class EvalReport(Settings):
     """``[k]``: share of verifications right up to k-1 whose draft token k is accepted too."""
     num_new_tokens: int
     num_target_forwards: int
+    """One for every prompt, and one for every verification."""
     plain_s: float
     speculative_s: float
     draft_step_s: float
