@@ -110,6 +110,10 @@ class TrainingConfig(Settings):
     checkpoint_interval: PositiveInt = 1000
     """Steps between checkpoints."""
     keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints that stay, besides the one with the best accept length."""
+    continual_from: str | None = None
+    """A checkpoint or an exported draft whose weights the draft starts from. Weights alone:
+    optimizer, schedule and accounts start anew."""
 
     @property
     def world_size(self) -> int:
@@ -177,6 +181,20 @@ class ClusterConfig(Settings):
     """How long to wait for GPUs that the cluster doesn't show yet."""
 
 
+class RecoveryConfig(Settings):
+    """What happens when a part of a run dies or hangs. Changes nothing of what is trained."""
+
+    max_restarts: NonNegativeInt = 5
+    """Restarts of the same part in a row, without progress in between."""
+    hang_timeout_s: PositiveFloat = 300.0
+    """A part that gets nowhere for so long is ended and started again. Must be longer than any
+    step, and than an engine takes for ``inference.request_size`` prompts."""
+    grace_s: PositiveFloat = 25.0
+    """For saving a checkpoint when the run is interrupted by SIGTERM or Ctrl-C."""
+    on_damaged_checkpoint: Literal["fail", "use_older"] = "fail"
+    """``use_older`` sets damaged checkpoints aside and resumes from the newest whole one."""
+
+
 class EvaluationConfig(Settings):
     """Real speculative decoding of held-out prompts: greedy, one chain."""
 
@@ -206,6 +224,7 @@ class RunConfig(Settings):
     inference: InferenceConfig = InferenceConfig()
     transfer: TransferConfig = TransferConfig()
     cluster: ClusterConfig = ClusterConfig()
+    recovery: RecoveryConfig = RecoveryConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     registry: RegistryConfig = RegistryConfig()
     data_root: str = "torchspec-data"
@@ -244,9 +263,12 @@ class RunConfig(Settings):
     def training_hash(self, dataset_id: str) -> str:
         """What a training run's result depends on, as 16 hex digits: its run id.
 
-        Evaluation, registry and ``fresh`` are left out: they don't change what is trained.
+        Evaluation, registry, recovery and ``fresh`` are left out: they don't change what is
+        trained.
         """
-        relevant = self.model_dump_json(exclude={"evaluation", "registry", "fresh", "data_root"})
+        relevant = self.model_dump_json(
+            exclude={"evaluation", "registry", "recovery", "fresh", "data_root"}
+        )
         return hashlib.sha256(f"{dataset_id}\n{relevant}".encode()).hexdigest()[:16]
 
 

@@ -6,7 +6,7 @@ A *prompt* goes into an engine, a *sample* (the captured hidden states) comes ou
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -85,13 +85,18 @@ class CaptureRequest:
     prompt: Prompt
 
 
+Fault = Literal["prompt", "engine", "store"]
+"""Who is to blame for a failed capture. The prompt: no engine can capture it. The engine: another
+attempt may succeed. The store: it was full or away, and the prompt is tried until it is back."""
+
+
 @dataclass(frozen=True, slots=True)
 class CaptureFailure:
-    """Why a prompt has no sample. ``retryable``: another attempt or engine may succeed."""
+    """Why an attempt gave no sample."""
 
     key: SampleKey
     reason: str
-    retryable: bool
+    fault: Fault
 
 
 CaptureResult = SampleRef | CaptureFailure
@@ -152,6 +157,26 @@ class StepReport:
     rejected: tuple[CaptureFailure, ...]
     metrics: StepMetrics | None
     """From rank 0 only; the figures are the same on every rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class Accounts:
+    """What the controller says of the run after a step, for that step's checkpoint."""
+
+    ledger: Mapping[str, Any]
+    """JSON-able: what was trained and what was rejected."""
+    accept_length: float
+    """Simulated, over the steps since the accounts were last asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """A part of a run that was lost, and worked again ``seconds`` after that was noticed."""
+
+    part: str
+    """Such as ``engine 0``, ``trainers``, ``mooncake_client on 10.0.0.7``."""
+    cause: str
+    seconds: float
 
 
 def accept_length(accept_rates: tuple[float, ...] | list[float]) -> float:

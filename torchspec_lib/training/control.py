@@ -1,9 +1,10 @@
 """What a trainer rank asks of the control plane. Metadata only; every call blocks."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from torchspec_lib.types import (
+    Accounts,
     CaptureResult,
     MicroBatch,
     SampleKey,
@@ -38,6 +39,10 @@ class TrainingControl(Protocol):
         """This rank has finished a step."""
         ...
 
-    def ledger_state(self, step: int) -> dict[str, Any]:
-        """The accounts after ``step``, once every rank has reported it; JSON-able."""
+    def accounts(self, step: int) -> Accounts:
+        """The accounts after ``step``, once every rank has reported it."""
+        ...
+
+    def beat(self, rank: int, doing: str) -> None:
+        """This rank is alive, and doing that."""
         ...

@@ -40,6 +40,10 @@ class TensorStore(Protocol):
         """Free samples. Only who has finished reading calls it; absent keys are fine."""
         ...
 
+    def clear(self, run_id: str) -> None:
+        """Free every sample of a run. For when nobody reads or writes one any more."""
+        ...
+
     def close(self) -> None:
         """Leave the store. Later calls raise ``StoreUnavailableError``; closing again is fine."""
         ...
