@@ -3,6 +3,7 @@
 import multiprocessing
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ CPU = torch.device("cpu")
 HOST = "127.0.0.1"
 MIB = 1 << 20
 CAPACITY_BYTES = 32 * MIB
+PUT_TIMEOUT_S = 0.3
 DTYPES = [
     torch.bfloat16,
     torch.float16,
@@ -84,7 +86,7 @@ def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
         processes.append(client.process)
         clients[HOST] = client.address
     address = _mooncake_address(request.param, master, clients)
-    store = connect(address, HOST, owns_memory=True, put_timeout_s=0.3)
+    store = connect(address, HOST, owns_memory=True, put_timeout_s=PUT_TIMEOUT_S)
     yield Subject(store, lambda: connect(address, HOST, owns_memory=False), address)
     store.close()
     for process in reversed(processes):
@@ -181,6 +183,33 @@ def test_releasing_absent_samples_is_fine_and_doesnt_touch_others(store: TensorS
     store.release([ref.key])
 
 
+def test_clearing_a_run_frees_all_its_samples_and_no_others(store: TensorStore):
+    run = "run-1.2"
+    others = ["run-1.21", "a-run-1.2", "run-1x2", "run"]
+    keys = [SampleKey.first(run, epoch, "p") for epoch in range(3)]
+    gone = [store.put(key, sample(1000)) for key in keys]
+    kept = [store.put(SampleKey.first(other, 0, run), sample(1000, 7)) for other in others]
+    store.clear(run)
+    for ref in gone:
+        with pytest.raises(SampleLostError):
+            store.get(ref, CPU)
+    for ref in kept:
+        assert (store.get(ref, CPU)["x"] == 7).all()
+    store.clear(run)
+    again = store.put(SampleKey.first(run, 0, "p"), sample(1000, value=8))
+    assert (store.get(again, CPU)["x"] == 8).all()
+    store.release([ref.key for ref in [*kept, again]])
+
+
+def test_a_cleared_run_gives_back_all_its_room(subject: Subject):
+    for _ in range(3):
+        for _ in range(5):
+            subject.store.put(new_key(), sample(4 * MIB))
+        subject.store.clear("run")
+    if subject.address is not None:
+        assert allocated_bytes(subject.address.metrics) == 0
+
+
 def test_a_key_is_never_put_twice(store: TensorStore):
     key = new_key()
     ref = store.put(key, sample(1000, value=1))
@@ -212,6 +241,27 @@ def test_a_full_store_refuses_and_keeps_everything_it_has(subject: Subject):
     again = store.put(new_key(), sample(2 * MIB, value=-1))
     assert (store.get(again, CPU)["x"] == -1).all()
     store.release([ref.key for ref in [*refs, again]])
+
+
+def test_a_put_into_a_store_that_others_fill_waits_for_room_as_long_as_told(subject: Subject):
+    if subject.address is None:
+        pytest.skip("memory is this process's own")
+    other = connect(subject.address, HOST, owns_memory=False, put_timeout_s=0.0)
+    foreign = []
+    with pytest.raises(StoreFullError):  # noqa: PT012 - at some point
+        while True:
+            foreign.append(other.put(SampleKey.first("other", 0, "p"), sample(4 * MIB)))
+    start = time.monotonic()
+    with pytest.raises(StoreFullError, match="no room for run/"):
+        subject.store.put(new_key(), sample(4 * MIB))
+    assert PUT_TIMEOUT_S <= time.monotonic() - start < PUT_TIMEOUT_S + 2
+    threading.Timer(PUT_TIMEOUT_S / 2, other.release, [[foreign[0].key]]).start()
+    ref = subject.store.put(new_key(), sample(4 * MIB, value=5))
+    assert (subject.store.get(ref, CPU)["x"] == 5).all()
+    subject.store.release([ref.key])
+    other.clear("other")
+    other.close()
+    assert allocated_bytes(subject.address.metrics) == 0
 
 
 def test_a_sample_larger_than_the_store_is_refused(store: TensorStore):
@@ -251,6 +301,7 @@ def test_a_closed_store_refuses_every_call(subject: Subject):
         lambda: store.get(ref, CPU),
         lambda: store.release([ref.key]),
         lambda: store.release([]),
+        lambda: store.clear("run"),
     ):
         with pytest.raises(StoreUnavailableError, match="closed"):
             call()

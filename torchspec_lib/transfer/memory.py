@@ -50,6 +50,11 @@ class MemoryStore:
             for key in keys:
                 self._samples.pop(key, None)
 
+    def clear(self, run_id: str) -> None:
+        with self._lock:
+            self._check_open("clear")
+            self._samples = {k: s for k, s in self._samples.items() if k.run_id != run_id}
+
     def close(self) -> None:
         with self._lock:
             self._closed = True

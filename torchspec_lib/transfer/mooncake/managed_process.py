@@ -6,9 +6,9 @@ launcher that then becomes the program: in a process with threads no Python may 
 between fork and exec.
 """
 
-import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,8 +22,6 @@ import psutil
 
 from torchspec_lib.errors import DependencyError
 from torchspec_lib.transfer.mooncake.library import ENVIRONMENT, INSTALL
-
-logger = logging.getLogger(__name__)
 
 _STOP_TIMEOUT_S = 5.0
 _POLL_S = 0.02
@@ -99,49 +97,64 @@ class ManagedProcess:
             time.sleep(_POLL_S)
         return False
 
-    def keep_running(self, max_restarts: int, pause_s: float) -> None:
-        """From now on, start it again as it was, ``pause_s`` after it ended by itself."""
-        threading.Thread(
-            target=self._restart,
-            args=(max_restarts, pause_s),
-            name=f"keep-{self.name}",
-            daemon=True,
-        ).start()
+    def wait_for_end(self, timeout_s: float) -> bool:
+        """Whether it has ended, or does within ``timeout_s``."""
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
 
-    def _restart(self, max_restarts: int, pause_s: float) -> None:
-        for restart in range(1, max_restarts + 1):
-            self._process.wait()
-            if self._stopping.wait(pause_s):
-                return
-            with self._lock:
-                if self._stopping.is_set():
-                    return
-                words = self.last_words()
-                logger.warning("event=restart number=%d cause=%s", restart, words)
-                self._process = self._spawn()
+    def kill(self) -> None:
+        """End it at once, even if it is stopped or hangs."""
+        self._process.kill()
+        self._process.wait()
+
+    def restart(self, pause_s: float) -> bool:
+        """Start it again as it was, ``pause_s`` from now; False if ``stop`` came before."""
+        if self._stopping.wait(pause_s):
+            return False
+        with self._lock:
+            if self.is_stopping:
+                return False
+            self._process = self._spawn()
+            return True
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether ``stop`` was called."""
+        return self._stopping.is_set()
+
+    def ending(self) -> str:
+        """How it ended, if it has: ``ended by SIGKILL``."""
+        code = self._process.poll()
+        if code is None:
+            return "still runs"
+        return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
 
     def last_words(self) -> str:
         """How it ended, if it has, and the end of its log."""
-        file = self._log.fileno()
-        start = max(0, os.fstat(file).st_size - _LOG_TAIL_BYTES)
-        tail = os.pread(file, _LOG_TAIL_BYTES, start).decode(errors="replace").strip()
-        code = self._process.poll()
-        state = "still runs" if code is None else f"ended with code {code}"
-        return f"{self.name} {state}; its log ends: {tail or '(empty)'}"
+        with self._lock:
+            if self._log.closed:
+                return f"{self.name} was stopped"
+            file = self._log.fileno()
+            start = max(0, os.fstat(file).st_size - _LOG_TAIL_BYTES)
+            tail = os.pread(file, _LOG_TAIL_BYTES, start).decode(errors="replace").strip()
+        return f"{self.name} {self.ending()}; its log ends: {tail or '(empty)'}"
 
     def stop(self) -> None:
         """End it, by force after 5 s. Safe to call twice."""
         with self._lock:
-            if self._stopping.is_set():
+            if self.is_stopping:
                 return
             self._stopping.set()
         self._process.terminate()
         try:
             self._process.wait(_STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
+            self.kill()
+        with self._lock:
+            self._log.close()
 
 
 def _find_program(name: str) -> str:

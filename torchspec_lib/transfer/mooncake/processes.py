@@ -1,11 +1,13 @@
 """Mooncake's two programs: the master, and a client that owns memory. And what they report."""
 
+import errno
 import logging
+import secrets
 import socket
+import struct
 import time
 import urllib.request
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,15 @@ logger = logging.getLogger(__name__)
 _START_ATTEMPTS = 3
 _START_TIMEOUT_S = 60.0
 _HTTP_TIMEOUT_S = 5.0
+_PORTS = range(20_000, 32_000)
+"""Out of the system's own range (from 32,768 on by default): any outgoing connection might get
+a port of that one while the program it belongs to is being restarted."""
+_CLIENT_THREADS = 8
+"""Each call occupies one, for 5 s while the master is away; the others queue up behind."""
+_PROBE_TIMEOUT_S = 2.0
+_PROBE = struct.pack("<4B4I", 21, 0, 0, 0, 0, 0, 0, 0)
+"""Mooncake's RPC (yalantinglibs' coro_rpc): magic number, version, serialization, message type,
+sequence number, function, body bytes, attachment bytes. No function has the id 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +46,8 @@ class MasterProcess:
 
     process: ManagedProcess
     endpoint: MasterEndpoint
+    is_up: Callable[[], bool]
+    """Whether it answers on its ports."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +57,8 @@ class ClientProcess:
     process: ManagedProcess
     address: str
     """``ip:port``."""
+    is_up: Callable[[], bool]
+    """Whether it answers on its port, and hands out shared memory."""
 
 
 def start_master(host: str) -> MasterProcess:
@@ -72,15 +87,15 @@ def start_master(host: str) -> MasterProcess:
             "--enable_metric_reporting=false",
         ]
 
-    def is_ready(_rpc: int, metrics: int) -> bool:
+    def is_ready(rpc: int, metrics: int) -> bool:
         try:
             health = _http_get(f"{host}:{metrics}", "/health")
         except StoreUnavailableError:
             return False
-        return '"service_ready":true' in health.replace(" ", "")
+        return '"service_ready":true' in health.replace(" ", "") and responds(f"{host}:{rpc}")
 
-    process, (rpc, metrics) = _start("mooncake_master", host, 2, arguments, is_ready)
-    return MasterProcess(process, MasterEndpoint(f"{host}:{rpc}", f"{host}:{metrics}"))
+    process, (rpc, metrics), is_up = _start("mooncake_master", host, 2, arguments, is_ready)
+    return MasterProcess(process, MasterEndpoint(f"{host}:{rpc}", f"{host}:{metrics}"), is_up)
 
 
 def start_client(
@@ -109,15 +124,33 @@ def start_client(
             "--metadata_server=P2PHANDSHAKE",
             f"--protocol={protocol}",
             f"--device_names={device_name}",
-            "--threads=2",
+            f"--threads={_CLIENT_THREADS}",
         ]
 
     def is_ready(port: int) -> bool:
-        """Whether it has opened the socket that hands out shared memory."""
-        return f"@mooncake_client_{port}.sock" in Path("/proc/net/unix").read_text()
+        """Whether it has also opened the socket that hands out shared memory."""
+        unix_sockets = Path("/proc/net/unix").read_text()
+        return f"@mooncake_client_{port}.sock" in unix_sockets and responds(f"{host}:{port}")
 
-    process, (port,) = _start("mooncake_client", host, 1, arguments, is_ready)
-    return ClientProcess(process, f"{host}:{port}")
+    process, (port,), is_up = _start("mooncake_client", host, 1, arguments, is_ready)
+    return ClientProcess(process, f"{host}:{port}", is_up)
+
+
+def responds(rpc: str) -> bool:
+    """Whether the threads behind a program's RPC port ``rpc`` (``ip:port``) are at work.
+
+    Calls a function that doesn't exist; the refusal comes from those threads, in 0.1 ms, and
+    asks no other program. (A client asked for anything real would wait for the master: to the
+    one who asks, a client that hangs and a master that hangs look alike.) A process that is
+    stopped still accepts the connection, but says nothing.
+    """
+    host, port = rpc.rsplit(":", 1)
+    try:
+        with socket.create_connection((host, int(port)), _PROBE_TIMEOUT_S) as connection:
+            connection.sendall(_PROBE)
+            return connection.recv(1) != b""
+    except OSError:
+        return False
 
 
 def evicted_keys(metrics: str) -> int:
@@ -136,11 +169,11 @@ def _start(
     num_ports: int,
     arguments: Callable[..., list[str]],
     is_ready: Callable[..., bool],
-) -> tuple[ManagedProcess, list[int]]:
+) -> tuple[ManagedProcess, list[int], Callable[[], bool]]:
     """Start ``program``; on other ports if it exits, since another process may be faster.
 
     Ready means that it listens on all its ports itself: for a moment a master reports to be
-    well even if its RPC port is someone else's.
+    well even if its RPC port is someone else's. Returns the check for that too.
     """
 
     def is_up(process: ManagedProcess, ports: list[int]) -> bool:
@@ -150,9 +183,10 @@ def _start(
     for attempt in range(1, _START_ATTEMPTS + 1):
         ports = _free_ports(host, num_ports)
         process = ManagedProcess(program, arguments(*ports))
-        if process.wait_until(partial(is_up, process, ports), deadline - time.monotonic()):
+        check = partial(is_up, process, ports)
+        if process.wait_until(check, deadline - time.monotonic()):
             logger.info("event=started program=%s pid=%d ports=%s", program, process.pid, ports)
-            return process, ports
+            return process, ports, check
         words, gave_up = process.last_words(), process.is_running
         process.stop()
         if "error while loading shared libraries" in words:
@@ -164,14 +198,20 @@ def _start(
 
 
 def _free_ports(host: str, num: int) -> list[int]:
-    with ExitStack() as held_together:
-        sockets = [held_together.enter_context(socket.socket()) for _ in range(num)]
+    ports: list[int] = []
+    for port in secrets.SystemRandom().sample(_PORTS, len(_PORTS)):
+        if len(ports) == num:
+            break
         try:
-            for port in sockets:
-                port.bind((host, 0))
+            with socket.socket() as free:
+                free.bind((host, port))
+            ports.append(port)
         except OSError as error:
-            raise StoreUnavailableError(f"search for a free port on {host}", str(error)) from error
-        return [port.getsockname()[1] for port in sockets]
+            if error.errno != errno.EADDRINUSE:
+                raise StoreUnavailableError(
+                    f"search for a free port on {host}", str(error)
+                ) from error
+    return ports
 
 
 def _metric(metrics: str, name: str) -> int:
