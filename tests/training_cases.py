@@ -6,10 +6,12 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
@@ -22,11 +24,12 @@ from torch.distributed.checkpoint.state_dict import (
 from torchspec_lib.config import ModelConfig, RunConfig
 from torchspec_lib.models.batch import pack
 from torchspec_lib.target import TargetSpec, read_target
-from torchspec_lib.training.checkpoint import CheckpointFolder, run_identity
+from torchspec_lib.training.checkpoint import CheckpointFolder
 from torchspec_lib.training.eagle3_trainer import Eagle3Trainer
 from torchspec_lib.training.fsdp import Rendezvous, init_process_group
 from torchspec_lib.training.prefetch import PreparedStep
-from torchspec_lib.types import SampleKey, StepMetrics, StepReport
+from torchspec_lib.training.state import run_identity
+from torchspec_lib.types import Accounts, SampleKey, StepMetrics, StepReport
 
 CPU = torch.device("cpu")
 HIDDEN, VOCAB, NUM_AUX = 16, 48, 3
@@ -65,12 +68,17 @@ def make_target(folder: Path) -> TargetSpec:
     return read_target(ModelConfig(target=str(folder)))
 
 
-def make_run(target: TargetSpec, **training: Any) -> RunConfig:
+def make_run(target: TargetSpec, draft: dict[str, Any] | None = None, **training: Any) -> RunConfig:
     return RunConfig.model_validate(
         {
             "model": {"target": target.path, "dtype": "float32"},
             "data": {"train": ["t.jsonl"], "heldout": ["h.jsonl"], "max_length": 64},
-            "draft": {"aux_layer_ids": [0, 1, 2], "vocab_size": 37, "ttt_steps": 3},
+            "draft": {
+                "aux_layer_ids": [0, 1, 2],
+                "vocab_size": 37,
+                "ttt_steps": 3,
+                **(draft or {}),
+            },
             "training": {
                 "global_batch_size": 6,
                 "learning_rate": 1e-3,
@@ -85,16 +93,23 @@ def make_run(target: TargetSpec, **training: Any) -> RunConfig:
 
 
 def make_trainer(
-    folder: Path, run_changes: dict[str, Any] | None = None, interval: int = 10**6, keep: int = 9
+    folder: Path,
+    run_changes: dict[str, Any] | None = None,
+    interval: int = 10**6,
+    keep: int = 9,
+    checkpoints: Callable[..., CheckpointFolder] = CheckpointFolder,
+    draft_vocab: npt.NDArray[np.int64] = DRAFT_VOCAB,
 ) -> Eagle3Trainer:
+    """Its checkpoints go to ``folder / "ckpt"``."""
     target = make_target(folder / f"target-{dist.get_rank()}")
     run = make_run(target, **(run_changes or {}))
+    identity = run_identity(run, target, "d0", draft_vocab)
     return Eagle3Trainer(
         run,
         target,
-        DRAFT_VOCAB,
+        draft_vocab,
         NUM_STEPS,
-        CheckpointFolder(folder / "ckpt", run_identity(run, target, "d0"), interval, keep),
+        checkpoints(folder / "ckpt", identity, interval, keep),
         CPU,
     )
 
@@ -129,18 +144,27 @@ def prepare(trainer: Eagle3Trainer, step: int, deal: Deal) -> PreparedStep:
 class RecordingControl:
     """Takes reports; its accounts are the number of the step."""
 
+    accept_lengths: dict[int, float] = field(default_factory=dict)
+    """By step; 1 where it isn't said."""
     reports: list[StepReport] = field(default_factory=list)
 
     def report(self, report: StepReport) -> None:
         self.reports.append(report)
 
-    def ledger_state(self, step: int) -> dict[str, Any]:
-        return {"cursor": 6 * step, "rejected": {}}
+    def accounts(self, step: int) -> Accounts:
+        return Accounts(
+            {"cursor": 6 * step, "rejected": {}}, accept_length=self.accept_lengths.get(step, 1.0)
+        )
 
 
-def train(trainer: Eagle3Trainer, last_step: int, deal: Deal) -> list[StepMetrics | None]:
+def train(
+    trainer: Eagle3Trainer,
+    last_step: int,
+    deal: Deal,
+    accept_lengths: dict[int, float] | None = None,
+) -> list[StepMetrics | None]:
     """Go on to ``last_step``; the metrics of each step."""
-    control = RecordingControl()
+    control = RecordingControl(accept_lengths or {})
     steps = (prepare(trainer, step, deal) for step in range(trainer.step + 1, last_step + 1))
     assert trainer.run(steps, control) == last_step
     return [report.metrics for report in control.reports]
@@ -174,19 +198,30 @@ def one_rank() -> Iterator[None]:
 
 def on_two_ranks(work: Callable[[Path], None], folder: Path) -> None:
     """Run ``work(folder)`` on both ranks of a fresh process group, in their own processes."""
-    context = multiprocessing.get_context("spawn")
+    with two_ranks_at(work, folder) as processes:
+        for process in processes:
+            process.join(120)
+        assert [process.exitcode for process in processes] == [0, 0]
+
+
+@contextmanager
+def two_ranks_at(work: Callable[[Path], None], folder: Path) -> Iterator[list[BaseProcess]]:
+    """As ``on_two_ranks``, but what becomes of them is the caller's business."""
+    # Forked off a process that has imported torch, and done nothing with it.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.conftest", __name__])
     address = context.SimpleQueue()
     processes = [
         context.Process(target=_rank, args=(rank, address, work, folder)) for rank in range(2)
     ]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(120)
-    exit_codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    assert exit_codes == [0, 0]
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 def _rank(rank: int, address: Any, work: Callable[[Path], None], folder: Path) -> None:

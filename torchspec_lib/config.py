@@ -6,8 +6,9 @@ Imports neither torch nor ray.
 """
 
 import hashlib
+import json
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -119,6 +120,16 @@ class TrainingConfig(Settings):
     def world_size(self) -> int:
         return self.training_num_nodes * self.training_num_gpus_per_node
 
+    @property
+    def continual_path(self) -> Path:
+        """Where ``continual_from`` is.
+
+        Raises:
+            ConfigError: It isn't there.
+        """
+        assert self.continual_from is not None, "nothing to continue"
+        return find_path(self.continual_from, "training.continual_from")
+
     @model_validator(mode="after")
     def _rates_fit(self) -> Self:
         if self.min_learning_rate > self.learning_rate:
@@ -214,6 +225,18 @@ class RegistryConfig(Settings):
     """A draft below this is not registered."""
 
 
+_INDIFFERENT = {
+    "training_num_nodes",
+    "training_num_gpus_per_node",
+    "micro_batch_tokens",
+    "prefetch_steps",
+    "checkpoint_interval",
+    "keep_checkpoints",
+    "continual_from",
+}
+"""Training settings that change no step."""
+
+
 class RunConfig(Settings):
     """Everything a run depends on."""
 
@@ -260,16 +283,27 @@ class RunConfig(Settings):
     def data_path(self) -> Path:
         return Path(self.data_root).expanduser().resolve()
 
-    def training_hash(self, dataset_id: str) -> str:
+    def decisive_settings(self) -> dict[str, Any]:
+        """The settings that a trained draft depends on; JSON-able, nested as here.
+
+        Paths are left out, since contents count, and so is what only costs time: where things
+        run, how many ranks and engines there are, how often a checkpoint is made.
+        """
+        return {
+            "model": self.model.model_dump(mode="json", include={"dtype"}),
+            "draft": self.draft.model_dump(mode="json"),
+            "training": self.training.model_dump(mode="json", exclude=_INDIFFERENT),
+            "inference": self.inference.model_dump(mode="json", include={"engine"}),
+            "seed": self.seed,
+        }
+
+    def training_hash(self, contents: str) -> str:
         """What a training run's result depends on, as 16 hex digits: its run id.
 
-        Evaluation, registry, recovery and ``fresh`` are left out: they don't change what is
-        trained.
+        ``contents`` identifies the data, the target and the weights that the draft starts from.
         """
-        relevant = self.model_dump_json(
-            exclude={"evaluation", "registry", "recovery", "fresh", "data_root"}
-        )
-        return hashlib.sha256(f"{dataset_id}\n{relevant}".encode()).hexdigest()[:16]
+        settings = json.dumps(self.decisive_settings(), sort_keys=True)
+        return hashlib.sha256(f"{contents}\n{settings}".encode()).hexdigest()[:16]
 
 
 def find_path(path: str, key: str) -> Path:

@@ -88,7 +88,11 @@ class SampleLostError(TorchSpecError):
         return f"sample {self.key} is lost: {self.cause}"
 
 
-class StoreUnavailableError(TorchSpecError):
+class RecoverableError(TorchSpecError):
+    """What another try can cure: Flyte's retries count these, and no others."""
+
+
+class StoreUnavailableError(RecoverableError):
     """The store doesn't answer: its master, its client process or the network is gone."""
 
     def __init__(self, operation: str, cause: str) -> None:
@@ -110,8 +114,8 @@ class EngineError(TorchSpecError):
         return f"engine {self.engine}: {self.cause}"
 
 
-class WorkerLostError(TorchSpecError):
-    """An actor or process of the run died. The one failure that a retry can cure."""
+class WorkerLostError(RecoverableError):
+    """An actor or process of the run died, or hangs."""
 
     def __init__(self, role: str, cause: str) -> None:
         super().__init__(role, cause)
@@ -119,6 +123,24 @@ class WorkerLostError(TorchSpecError):
 
     def __str__(self) -> str:
         return f"lost {self.role}: {self.cause}"
+
+
+class HungError(WorkerLostError):
+    """A part lives, and gets nowhere. It has to be ended before it is started again."""
+
+
+class GivenUpError(RecoverableError):
+    """A part of the run died again and again."""
+
+    def __init__(self, part: str, cause: str) -> None:
+        super().__init__(part, cause)
+        self.part, self.cause = part, cause
+
+    def __str__(self) -> str:
+        return (
+            f"{self.part} is given up: it was started again as often as recovery.max_restarts "
+            f"allows, and got nowhere; the last time: {self.cause}"
+        )
 
 
 class LedgerError(TorchSpecError):

@@ -15,6 +15,7 @@ from torchspec_lib.errors import ConfigError
 from torchspec_lib.plan import ClusterPlan, make_plan
 from torchspec_lib.ray.capacity import Node, missing_resources, placement_error
 from torchspec_lib.results import DatasetManifest
+from torchspec_lib.run_folder import continual_fingerprint
 from torchspec_lib.target import TargetSpec, aux_layer_ids, read_target
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ def preflight(run: RunConfig, nodes: Sequence[Node] | None = None) -> TargetSpec
         for index, source in enumerate(getattr(run.data, name)):
             if Path(source).suffix:
                 find_path(source, f"data.{name}[{index}]")
+    if run.training.continual_from is not None:
+        continual_fingerprint(run.training.continual_path)
     _check_sizes(run, target)
     plan = make_plan(run, target, num_prompts=0, longest=run.data.max_length)
     _check_room(plan, nodes)

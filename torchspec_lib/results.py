@@ -1,6 +1,7 @@
 """What the stages of a pipeline hand each other and the user: Flyte outputs, so pydantic."""
 
 from torchspec_lib.config import Settings
+from torchspec_lib.types import Recovery
 
 
 class DatasetManifest(Settings):
@@ -44,12 +45,15 @@ class TrainSummary(Settings):
     accept_length: float
     """Simulated, over the last tenth of the steps, the target's own token included."""
     bytes_streamed: int
+    """Since the trainers were started last."""
     resumed_from_step: int
+    recoveries: tuple[Recovery, ...] = ()
+    """Parts that were lost and replaced, in all the processes that worked on this run."""
     wall_s: float
     trainer_wait_s: float
     """Time that trainer rank 0 spent waiting for samples."""
     capture_wait_s: float
-    """Time that capturing stood still until trainers had fetched samples."""
+    """Time that capturing stood still for bytes in flight, since the trainers were started last."""
 
 
 class PromptResult(Settings):

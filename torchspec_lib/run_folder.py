@@ -1,6 +1,7 @@
 """The folder of a training run: what lies where, and whether the run is finished."""
 
 import fcntl
+import hashlib
 import json
 import shutil
 import time
@@ -14,9 +15,13 @@ from torchspec_lib.config import RunConfig
 from torchspec_lib.errors import ConfigError
 from torchspec_lib.results import DatasetManifest, TrainSummary
 from torchspec_lib.target import TargetSpec
-from torchspec_lib.types import StepMetrics
+from torchspec_lib.types import Recovery, StepMetrics
 
 CLAIM_TIMEOUT_S = 60.0
+
+_CHECKPOINT_FILES = ("meta.json",)
+"""Holds the hash of every other file."""
+_DRAFT_FILES = ("config.json", "model.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +33,10 @@ class RunFolder:
     @classmethod
     def of(cls, run: RunConfig, manifest: DatasetManifest, target: TargetSpec) -> "RunFolder":
         """The folder of the run that these inputs make, and so no other."""
-        run_id = run.training_hash(f"{manifest.dataset_id} {target.fingerprint}")
-        return cls(run.data_path / "runs" / run_id)
+        contents = [manifest.dataset_id, target.fingerprint]
+        if run.training.continual_from is not None:
+            contents.append(continual_fingerprint(run.training.continual_path))
+        return cls(run.data_path / "runs" / run.training_hash(" ".join(contents)))
 
     @property
     def run_id(self) -> str:
@@ -51,6 +58,11 @@ class RunFolder:
     @property
     def summary(self) -> Path:
         return self.path / "summary.json"
+
+    @property
+    def recoveries(self) -> Path:
+        """One recovery a line, as JSON: ``Recovery``."""
+        return self.path / "recoveries.jsonl"
 
     @property
     def reports(self) -> Path:
@@ -97,8 +109,9 @@ class RunFolder:
         """Make the folder, where ``fresh`` says so without an older result, and note ``run``."""
         if run.fresh:
             for old in (self.checkpoints, self.draft):
-                shutil.rmtree(old, ignore_errors=True)
-            for file in (self.metrics, self.summary):
+                if old.exists():
+                    shutil.rmtree(old)
+            for file in (self.metrics, self.summary, checkpoint_mark(self.checkpoints)):
                 file.unlink(missing_ok=True)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         (self.path / "config.json").write_text(run.model_dump_json(indent=2))
@@ -127,6 +140,15 @@ class RunFolder:
                 rates = {"accept_rates": step.accept_rates, "accept_length": step.accept_length}
                 file.write(json.dumps(asdict(step) | rates) + "\n")
 
+    def append_recovery(self, recovery: Recovery) -> None:
+        with self.recoveries.open("a") as file:
+            file.write(json.dumps(asdict(recovery)) + "\n")
+
+    def read_recoveries(self) -> list[Recovery]:
+        if not self.recoveries.is_file():
+            return []
+        return [Recovery(**json.loads(line)) for line in self.recoveries.read_text().splitlines()]
+
     def read_metrics(self) -> list[StepMetrics]:
         if not self.metrics.is_file():
             return []
@@ -135,3 +157,39 @@ class RunFolder:
             del row["accept_rates"], row["accept_length"]
             row["chains"], row["matches"] = tuple(row["chains"]), tuple(row["matches"])
         return [StepMetrics(**row) for row in rows]
+
+
+def checkpoint_mark(checkpoints: Path) -> Path:
+    """The file beside a folder of checkpoints that says that there are some.
+
+    Without it, a run whose checkpoints have vanished would start over as if it were new.
+    """
+    return checkpoints.with_suffix(".json")
+
+
+def continual_fingerprint(path: Path) -> str:
+    """Identifies the weights that ``training.continual_from`` names, as 16 hex digits.
+
+    Args:
+        path: A checkpoint of any run, or an exported draft.
+
+    Raises:
+        ConfigError: It is neither.
+    """
+    for names in (_CHECKPOINT_FILES, _DRAFT_FILES):
+        if all((path / name).is_file() for name in names):
+            return _fingerprint([path / name for name in names])
+    raise ConfigError(
+        "training.continual_from",
+        f"{path} is no checkpoint ({', '.join(_CHECKPOINT_FILES)}) and no exported draft "
+        f"({', '.join(_DRAFT_FILES)})",
+        "Name a folder such as runs/<run id>/checkpoints/step_001000 or runs/<run id>/draft",
+    )
+
+
+def _fingerprint(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]

@@ -4,7 +4,7 @@ A *prompt* goes into an engine, a *sample* (the captured hidden states) comes ou
 """
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
@@ -42,10 +42,11 @@ class SampleKey:
     """Names one attempt at capturing a prompt in an epoch. Never used twice.
 
     Example:
-        ``str(SampleKey("run7", 0, "3f9a", 1, "c0ffee00")) == "run7/0-3f9a/1-c0ffee00"``
+        ``str(SampleKey("run7.1", 0, "3f9a", 1, "c0ffee00")) == "run7.1/0-3f9a/1-c0ffee00"``
     """
 
     run_id: str
+    """The run's, and which start of its trainers asked for the sample: see ``start_id``."""
     epoch: int
     prompt_id: str
     attempt: int
@@ -60,6 +61,11 @@ class SampleKey:
 
     def __str__(self) -> str:
         return f"{self.run_id}/{self.epoch}-{self.prompt_id}/{self.attempt}-{self.nonce}"
+
+
+def start_id(run_id: str, number: int) -> str:
+    """What the samples of a run's ``number``-th start are known by. Starts share the store."""
+    return f"{run_id}.{number}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +176,16 @@ class Accounts:
 
 
 @dataclass(frozen=True, slots=True)
+class Pulse:
+    """A sign of life."""
+
+    progress: int
+    """Differs from the last one's if anything has moved since."""
+    doing: tuple[str, ...]
+    """What each part does or waits for, for people."""
+
+
+@dataclass(frozen=True, slots=True)
 class Recovery:
     """A part of a run that was lost, and worked again ``seconds`` after that was noticed."""
 
@@ -206,3 +222,10 @@ def accept_length(accept_rates: tuple[float, ...] | list[float]) -> float:
         chain *= rate
         total += chain
     return total
+
+
+def pooled_accept_length(steps: Sequence[StepMetrics]) -> float:
+    """Accept length over several steps, from their counts taken together."""
+    chains = [sum(depth) for depth in zip(*(step.chains for step in steps), strict=True)]
+    matches = [sum(depth) for depth in zip(*(step.matches for step in steps), strict=True)]
+    return accept_length([m / c if c else 0.0 for m, c in zip(matches, chains, strict=True)])

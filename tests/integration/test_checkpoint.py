@@ -1,7 +1,8 @@
 """Real checkpoints of FSDP2 over Gloo: on one rank in this process, on two in others."""
 
-import json
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,15 +11,19 @@ import torch.distributed as dist
 
 from tests.training_cases import (
     ONE_BATCH,
+    RecordingControl,
     make_trainer,
     moments_of,
     on_two_ranks,
     one_rank,
+    prepare,
     train,
     weights_of,
 )
 from torchspec_lib.errors import CheckpointError
-from torchspec_lib.training import checkpoint
+from torchspec_lib.training.checkpoint import CheckpointFolder
+from torchspec_lib.training.checkpoint_files import latest, position
+from torchspec_lib.types import Accounts
 
 TWO_RANKS = ([[0, 4], [5]], [[2, 1], [3]])
 
@@ -107,47 +112,76 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one(two_ranks):
 
 
 def test_a_checkpoint_says_its_step_and_its_accounts(folder):
-    path = checkpoint.latest(folder / "ckpt")
+    path = latest(folder / "ckpt")
     assert path == folder / "ckpt" / "step_000003"
-    assert checkpoint.position(path) == (3, {"cursor": 18, "rejected": {}})
-    assert checkpoint.position(None) == (0, None)
+    assert position(path) == (3, {"cursor": 18, "rejected": {}})
 
 
-def test_no_checkpoint_is_found_where_none_was_finished(tmp_path):
-    (tmp_path / "step_000007.tmp").mkdir()
-    assert checkpoint.latest(tmp_path) is None
-    assert checkpoint.latest(tmp_path / "absent") is None
+def test_a_run_that_saves_at_every_step_is_the_same_as_one_that_does_not(tmp_path):
+    busy, calm = make_trainer(tmp_path / "busy", interval=1), make_trainer(tmp_path / "calm")
+    metrics = [train(trainer, 6, ONE_BATCH) for trainer in (busy, calm)]
+    assert [m.loss for m in metrics[0]] == [m.loss for m in metrics[1]]
+    _assert_equal(*[(weights_of(trainer), moments_of(trainer)) for trainer in (busy, calm)])
 
 
-def _truncate(path):
-    [shard, *_] = path.glob("*.distcp")
-    shard.write_bytes(shard.read_bytes()[:-100])
+class GatedControl:
+    """Gives no accounts until it may, so that a save can't end before that."""
+
+    def __init__(self):
+        self.gate = threading.Event()
+        self.asked = []
+
+    def accounts(self, step):
+        self.asked.append((step, threading.current_thread() is threading.main_thread()))
+        assert self.gate.wait(10)
+        return Accounts({"cursor": step}, 1.0)
 
 
-def _flip_a_bit(path):
-    [shard, *_] = path.glob("*.distcp")
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
+class GatedFolder(CheckpointFolder):
+    """Writes no tensor of step 3 until it may."""
+
+    gate = threading.Event()
+
+    def _write_tensors(self, copy, unfinished):
+        assert unfinished.stem != "step_000003" or self.gate.wait(10)
+        return super()._write_tensors(copy, unfinished)
 
 
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (_truncate, r"__0_0\.distcp has [\d,]+ bytes instead of"),
-        (_flip_a_bit, r"__0_0\.distcp has other content"),
-        (lambda path: (path / ".metadata").unlink(), r"\.metadata is missing"),
-        (lambda path: (path / "meta.json").unlink(), r"meta\.json can't be read"),
-        (lambda path: (path / "meta.json").write_text('{"format'), r"meta\.json can't be read"),
-        (lambda path: (path / "meta.json").write_text('{"format": 0}'), "its format is 0"),
-    ],
-)
-def test_a_damaged_checkpoint_is_refused_by_name_and_not_skipped(folder, damage, words):
-    path = folder / "ckpt" / "step_000003"
-    damage(path)
-    assert checkpoint.latest(folder / "ckpt") == path
-    with pytest.raises(CheckpointError, match=rf"step_000003: {words}"):
-        make_trainer(folder).resume(path)
+def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_get_into_it(tmp_path):
+    control = GatedControl()
+    control.gate.set()
+    trainer = make_trainer(tmp_path, checkpoints=GatedFolder)
+    train(trainer, 2, ONE_BATCH)
+    at_2 = weights_of(trainer), moments_of(trainer)
+    trainer._checkpoints.save(trainer._state, 3, control.accounts)
+    for step in (3, 4):
+        trainer.train_step(prepare(trainer, step, ONE_BATCH))
+    assert not torch.equal(weights_of(trainer)["draft.fc.weight"], at_2[0]["draft.fc.weight"])
+    assert trainer.doing == "done; writing the tensors of step 3"
+    assert latest(tmp_path / "ckpt").name == "step_000002"
+    GatedFolder.gate.set()
+    trainer._checkpoints.wait()
+    assert trainer.doing == "done"
+    resumed = make_trainer(tmp_path)
+    resumed.resume(tmp_path / "ckpt" / "step_000003")
+    assert control.asked == [(3, False)]
+    _assert_equal(at_2, (weights_of(resumed), moments_of(resumed)))
+
+
+def test_a_save_waits_for_the_one_before_it_and_says_so(tmp_path, caplog):
+    control = GatedControl()
+    trainer = make_trainer(tmp_path)
+    train(trainer, 1, ONE_BATCH)
+    trainer._checkpoints.save(trainer._state, 2, control.accounts)
+    threading.Timer(0.2, control.gate.set).start()
+    start = time.monotonic()
+    trainer._checkpoints.save(trainer._state, 3, control.accounts)
+    assert time.monotonic() - start > 0.15
+    assert latest(tmp_path / "ckpt").name == "step_000002"
+    trainer._checkpoints.wait()
+    assert latest(tmp_path / "ckpt").name == "step_000003"
+    assert "event=waited_for_checkpoint step=3 of_step=2" in caplog.text
+    assert "checkpoint_interval" in caplog.text
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_the_differences_are_named(folder):
@@ -167,14 +201,29 @@ def test_tensors_that_do_not_fit_are_refused(folder):
         trainer.resume(path)
 
 
-def test_a_save_that_fails_leaves_the_older_checkpoint_and_the_next_one_works(folder):
+def _unwritable(step):
+    return Accounts({"not": object()}, 1.0)
+
+
+def test_a_save_that_fails_is_raised_by_the_next_one_and_leaves_the_older_checkpoint(folder):
     trainer = make_trainer(folder)
     trainer.resume(folder / "ckpt" / "step_000003")
-    with pytest.raises(TypeError):
-        trainer._checkpoints.save(trainer._state, 4, {"not": object()})
-    assert checkpoint.latest(folder / "ckpt").name == "step_000003"
-    trainer._checkpoints.save(trainer._state, 5, {"cursor": 30})
+    trainer._checkpoints.save(trainer._state, 4, _unwritable)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        trainer._checkpoints.save(trainer._state, 5, _unwritable)
+    assert [p.name for p in (folder / "ckpt").iterdir()] == ["step_000003"]
+    trainer._checkpoints.save(trainer._state, 5, RecordingControl().accounts)
+    trainer._checkpoints.wait()
     assert sorted(p.name for p in (folder / "ckpt").iterdir()) == ["step_000003", "step_000005"]
+
+
+def test_what_a_writer_that_died_has_left_is_removed_by_the_next_save(folder):
+    (folder / "ckpt" / "step_000005.tmp").mkdir()
+    (folder / "ckpt" / "step_000005.tmp" / "__0_0.distcp").write_bytes(b"half")
+    trainer = make_trainer(folder)
+    trainer.resume(folder / "ckpt" / "step_000003")
+    train(trainer, 4, ONE_BATCH)
+    assert sorted(p.name for p in (folder / "ckpt").iterdir()) == ["step_000003", "step_000004"]
 
 
 def test_the_newest_checkpoints_stay_and_the_last_step_is_always_saved(tmp_path):
@@ -182,10 +231,20 @@ def test_the_newest_checkpoints_stay_and_the_last_step_is_always_saved(tmp_path)
     assert sorted(p.name for p in (tmp_path / "ckpt").iterdir()) == ["step_000004", "step_000005"]
 
 
-def test_a_step_that_is_saved_again_replaces_the_older_one(folder):
-    path = folder / "ckpt" / "step_000003"
+def test_the_best_checkpoint_by_accept_length_stays_too(tmp_path):
+    lengths = {1: 1.2, 2: 1.9, 3: 1.4, 4: 1.3, 5: 1.1}
+    train(make_trainer(tmp_path, interval=1, keep=2), 5, [[0, 1]], lengths)
+    names = sorted(p.name for p in (tmp_path / "ckpt").iterdir())
+    assert names == ["step_000002", "step_000004", "step_000005"]
+
+
+def test_a_run_that_is_stopped_before_its_first_step_saves_nothing(tmp_path):
+    trainer = make_trainer(tmp_path)
+    assert trainer.run([], RecordingControl()) == 0
+    assert latest(tmp_path / "ckpt") is None
+
+
+def test_a_step_that_is_there_already_is_not_saved_again(folder):
     trainer = make_trainer(folder)
-    trainer.resume(path)
-    trainer._checkpoints.save(trainer._state, 3, {"cursor": 17})
-    assert json.loads((path / "meta.json").read_text())["ledger"] == {"cursor": 17}
-    assert [p.name for p in (folder / "ckpt").iterdir()] == ["step_000003"]
+    trainer.resume(folder / "ckpt" / "step_000003")
+    assert trainer.run([], GatedControl()) == 3

@@ -12,6 +12,7 @@ from tests.training_cases import (
     DRAFT_VOCAB,
     ONE_BATCH,
     SAMPLE_TOKENS,
+    RecordingControl,
     make_trainer,
     moments_of,
     on_two_ranks,
@@ -163,3 +164,24 @@ def test_the_export_of_two_ranks_holds_their_weights(folder, two_ranks):
     assert exported.keys() == {name.removeprefix("draft.") for name in weights}
     assert all(torch.equal(exported[n.removeprefix("draft.")], weights[n]) for n in weights)
     assert (loaded.draft_vocab == DRAFT_VOCAB).all()
+
+
+def test_what_a_rank_is_at_can_be_read(tmp_path):
+    trainer = make_trainer(tmp_path, interval=2)
+    said = []
+
+    class TellingControl(RecordingControl):
+        def report(self, report):
+            said.append(trainer.doing)
+
+    def steps():
+        for step in (1, 2, 3):
+            said.append(trainer.doing)
+            yield prepare(trainer, step, [[0]])
+
+    trainer.run(steps(), TellingControl())
+    mains = [doing.split("; ")[0] for doing in said]
+    assert mains == [
+        text for n in (1, 2, 3) for text in (f"waiting for step {n}", f"reporting step {n}")
+    ]
+    assert trainer.doing == "done"

@@ -98,10 +98,16 @@ def test_settings_that_contradict_each_other_are_refused(changes, message):
 
 def test_a_run_id_ignores_what_does_not_change_the_training():
     base = run_config()
-    same = run_config(fresh=True, evaluation={"draft_steps": 3}, data_root="elsewhere")
-    other = run_config(seed=1)
-    assert base.training_hash("d") == same.training_hash("d")
-    assert len({base.training_hash("d"), other.training_hash("d"), base.training_hash("e")}) == 3
+    same = [
+        run_config(fresh=True, evaluation={"draft_steps": 3}, data_root="elsewhere"),
+        run_config(recovery={"on_damaged_checkpoint": "use_older"}),
+        run_config(training={"training_num_gpus_per_node": 4, "checkpoint_interval": 7}),
+        run_config(inference={"inference_num_gpus": 3}, transfer={"mode": "embedded"}),
+    ]
+    others = [run_config(seed=1), run_config(training={"learning_rate": 1e-3})]
+    assert {run.training_hash("d") for run in same} == {base.training_hash("d")}
+    ids = {run.training_hash("d") for run in [base, *others]} | {base.training_hash("e")}
+    assert len(ids) == 4
 
 
 def test_an_input_is_found_from_the_working_directory_and_from_the_project(tmp_path, monkeypatch):

@@ -50,7 +50,7 @@ class Control:
         self.recaptured.append(ref.key)
         key = ref.key.next_attempt()
         if self.rejects:
-            return CaptureFailure(key, "gone", retryable=False)
+            return CaptureFailure(key, "gone", fault="prompt")
         return self.store.put(key, _tensors(ref.num_tokens, 7))
 
     def wait_until_asked(self, num_times):
@@ -155,6 +155,85 @@ def test_a_sample_that_the_store_does_not_hand_out_is_captured_again_and_freed()
         [step] = list(prefetcher)
     assert [key.attempt for key in step.trained] == [2]
     assert store.held_bytes == 0
+
+
+class StuckStore(MemoryStore):
+    """Doesn't answer to the first releases."""
+
+    num_refusals = 1
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.released = []
+
+    def release(self, keys):
+        self.released.append(tuple(keys))
+        if self.num_refusals:
+            self.num_refusals -= 1
+            raise StoreUnavailableError("release", "it is away")
+        super().release(keys)
+
+
+def test_samples_that_could_not_be_freed_are_freed_with_the_next_step():
+    store = StuckStore(capacity_bytes=1 << 20)
+    refs = {step: _put(store, f"p{step}") for step in (1, 2, 3)}
+    control = Control(store, {step: ((ref,),) for step, ref in refs.items()})
+    with _prefetcher(control, store) as prefetcher:
+        assert [step.step for step in prefetcher] == [1, 2, 3]
+    first, second, third = (ref.key for ref in refs.values())
+    assert store.released == [(first,), (first, second), (third,)]
+    assert store.held_bytes == 0
+    assert control.given_back == [(first,), (second,), (third,)]
+
+
+def test_samples_of_the_last_step_that_could_not_be_freed_are_freed_at_the_end():
+    store = StuckStore(capacity_bytes=1 << 20)
+    ref = _put(store, "a")
+    with _prefetcher(Control(store, {1: ((ref,),)}), store) as prefetcher:
+        assert [step.trained for step in prefetcher] == [(ref.key,)]
+        assert store.held_bytes == ref.num_bytes
+    assert store.held_bytes == 0
+
+
+def test_a_store_that_stays_away_costs_no_rank_its_life(caplog):
+    store = StuckStore(capacity_bytes=1 << 20)
+    store.num_refusals = 99
+    control = Control(store, {step: ((_put(store, f"p{step}"),),) for step in (1, 2)})
+    with _prefetcher(control, store) as prefetcher:
+        assert [step.step for step in prefetcher] == [1, 2]
+    assert "event=unreleased samples=2" in caplog.text
+
+
+def test_what_the_thread_is_at_can_be_read(store):
+    said = []
+
+    class TellingControl(Control):
+        def next_step(self, rank, step):
+            said.append(prefetcher.doing)
+            return super().next_step(rank, step)
+
+        def fetched(self, keys):
+            said.append(prefetcher.doing)
+
+        def recapture(self, ref):
+            said.append(prefetcher.doing)
+            return super().recapture(ref)
+
+    lost = _put(store, "lost")
+    store.release([lost.key])
+    control = TellingControl(store, {1: ((_put(store, "a"),),), 2: ((lost,),)})
+    prefetcher = _prefetcher(control, store, prefetch_steps=9)
+    with prefetcher:
+        list(prefetcher)
+        assert prefetcher.doing == "all is fetched"
+    assert said == [
+        "waiting for samples of step 1",
+        "fetching step 1",
+        "waiting for samples of step 2",
+        f"capturing sample {lost.key} again",
+        f"capturing sample {lost.key} again",
+        "waiting for samples of step 3",
+    ]
 
 
 def test_a_sample_that_is_lost_for_good_is_rejected_and_its_micro_batch_stays(store):

@@ -1,161 +1,121 @@
 """Checkpoints from which a run goes on exactly as if it had never stopped.
 
-``step_000123/`` holds DCP's shards (weights, optimizer moments, every rank's random state)
-and ``meta.json``, written last: step, schedule, accounts, what the run was made of, and every
-file's size and hash. A checkpoint is made under another name and renamed: it is whole or it
-isn't there. One that can't be loaded is an error, never an absent one.
+They hold the tensors that a step changes, and in their description step, schedule, accounts
+and what the run was made of. Between two steps the state is only copied; a thread of each rank
+writes the copy, under another name that becomes the checkpoint's at the very end: it is whole
+or it isn't there.
+
+Who waits for whom: a save that is due waits for the one before it, and the end of a run for
+the last. The threads of all ranks wait for each other, and rank 0's for the accounts.
 """
 
-import hashlib
-import json
-import re
+import logging
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
-from torchspec_lib.config import RunConfig
 from torchspec_lib.errors import CheckpointError
-from torchspec_lib.target import TargetSpec
+from torchspec_lib.training import checkpoint_files as files
+from torchspec_lib.training import tensor_files
+from torchspec_lib.training.fsdp import COLLECTIVE_TIMEOUT, together
+from torchspec_lib.training.state import TrainingState, identity_differences
+from torchspec_lib.types import Accounts
 
-FORMAT = 1
-META = "meta.json"
+logger = logging.getLogger(__name__)
 
-_NAME = re.compile(r"step_(\d+)")
-_FRESH = "Resume from an older checkpoint by removing this one, or start over with fresh: true"
-_MISSING = "nothing"
-_NOT_IN_IDENTITY = {
-    "training_num_nodes",
-    "training_num_gpus_per_node",
-    "micro_batch_tokens",
-    "prefetch_steps",
-    "checkpoint_interval",
-    "keep_checkpoints",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingState:
-    """What a step changes."""
-
-    model: nn.Module
-    """Sharded by FSDP."""
-    optimizer: Optimizer
-    scheduler: LRScheduler
-
-
-def latest(folder: Path) -> Path | None:
-    """The newest checkpoint in ``folder``; one that was never finished isn't one."""
-    found = _finished(folder)
-    return found[-1] if found else None
-
-
-def position(path: Path | None) -> tuple[int, dict[str, Any] | None]:
-    """The step that a checkpoint was made after, and the accounts at that time.
-
-    Returns:
-        ``(0, None)`` for no checkpoint.
-
-    Raises:
-        CheckpointError: Its description is missing or broken.
-    """
-    if path is None:
-        return 0, None
-    meta = _read_meta(path)
-    return meta["step"], meta["ledger"]
-
-
-def run_identity(run: RunConfig, target: TargetSpec, dataset_id: str) -> dict[str, Any]:
-    """What a training state depends on: all but the number of ranks and what only costs time."""
-    return {
-        "data": dataset_id,
-        "model": {"target": target.fingerprint, "dtype": run.model.dtype},
-        "draft": run.draft.model_dump(),
-        "training": run.training.model_dump(exclude=_NOT_IN_IDENTITY),
-        "seed": run.seed,
-    }
+AskAccounts = Callable[[int], Accounts]
+"""Gives the accounts after a step; blocks until every rank has reported it."""
 
 
 class CheckpointFolder:
-    """A run's checkpoints, the newest few of them. All ranks call it together."""
+    """A run's checkpoints: the newest few, and the best. All ranks call it together."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any], interval: int, keep: int) -> None:
-        """Use ``folder``, which every rank must see.
+        """Use ``folder``, which every rank must see. A collective.
 
         Args:
             folder: Made if need be.
-            identity: What a state depends on, nested and JSON-able. A checkpoint of another
+            identity: What a state depends on, ``run_identity(...)``. A checkpoint of another
                 run is told by it.
             interval: Steps between checkpoints.
-            keep: Newest checkpoints that stay.
+            keep: Newest checkpoints that stay, besides the best by accept length.
         """
         self._folder, self._interval, self._keep = folder, interval, keep
-        self._identity = _flatten(identity)
+        self._identity = identity
+        self._rank = dist.get_rank()
+        # Its own: the training's collectives go on meanwhile, in another thread.
+        self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+        self._host_copy = tensor_files.HostCopy()
+        self._begun_step = self._saved_step = 0
+        self._saving: Future[None] | None = None
+        self._no_room: OSError | None = None
+        self.doing = ""
+        """What the saving thread is at, for who looks on; empty while there is none."""
 
     def is_due(self, step: int) -> bool:
         return step % self._interval == 0
 
-    def save(self, state: TrainingState, step: int, ledger: Mapping[str, Any] | None) -> Path:
-        """Save the state after ``step``; ``ledger`` is rank 0's to give.
+    def save(self, state: TrainingState, step: int, accounts: AskAccounts) -> None:
+        """Copy the state after ``step``; the rest happens while the training goes on.
+
+        Waits for a save that is still going on. One that fails for want of disk is logged,
+        and leaves the checkpoints before it.
+
+        Args:
+            state: Free to change again when this returns.
+            step: Not saved before.
+            accounts: Asked once, by a thread of rank 0.
 
         Raises:
             CheckpointError: The ranks don't see each other's files in ``folder``.
+            Exception: Whatever else kept the save before this one from being made.
         """
-        final = self._folder / f"step_{step:06d}"
-        partial = final.with_suffix(".tmp")
-        is_first = dist.get_rank() == 0
-        if is_first:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self._folder.glob("*.tmp"):
-                shutil.rmtree(leftover)
-            partial.mkdir()
-        dist.barrier()
-        dcp.save(_tensors(state), checkpoint_id=partial)
-        own = _hashes(partial, f"__{dist.get_rank()}_*.distcp")
-        gathered: list[dict[str, Any]] | None = [{}] * dist.get_world_size() if is_first else None
-        dist.gather_object(own, gathered)
-        if gathered is not None:
-            files = _hashes(partial, ".metadata")
-            for hashes in gathered:
-                files |= hashes
-            meta = {
-                "format": FORMAT,
-                "step": step,
-                "world_size": dist.get_world_size(),
-                "identity": self._identity,
-                "scheduler": state.scheduler.state_dict(),
-                "ledger": ledger,
-                "files": files,
-            }
-            self._publish(partial, final, meta)
-        dist.barrier()
-        return final
+        self._wait_for_the_one_before(step)
+        start = time.monotonic()
+        write = partial(self._write, self._copy(state), state.schedule(), step, accounts)
+        self._begun_step, self._saving = step, Future()
+        threading.Thread(
+            target=self._save, args=(self._saving, step, write), name="checkpoint", daemon=True
+        ).start()
+        logger.info("event=copied step=%d seconds=%.3f", step, time.monotonic() - start)
 
-    def _publish(self, partial: Path, final: Path, meta: Mapping[str, Any]) -> None:
-        (partial / META).write_text(json.dumps(meta, indent=1))
-        if problem := _damage(partial, _read_meta(partial)["files"], sizes_only=True):
+    def finish(self, state: TrainingState, step: int, accounts: AskAccounts) -> None:
+        """Save the last step, unless it is, and wait until it is on the disk.
+
+        Raises:
+            CheckpointError: There is no room for it, or as ``save``.
+        """
+        if self._begun_step < step:
+            self.save(state, step, accounts)
+        self.wait()
+        if self._saved_step < step:
             raise CheckpointError(
-                str(final), problem, "Put data_root on a file system that all trainer nodes share"
+                str(files.checkpoint_path(self._folder, step)),
+                f"there is no room for it ({self._no_room})",
+                "Make room there, or lower training.keep_checkpoints, and start the run again: "
+                f"it goes on from {self._last_good()}",
             )
-        if final.exists():
-            replaced = final.with_suffix(".old.tmp")
-            final.rename(replaced)
-            partial.rename(final)
-            shutil.rmtree(replaced)
+
+    def wait(self) -> None:
+        """Wait for the save that is going on, if one is; raises as ``save``."""
+        if self._saving is None:
+            return
+        saving, self._saving = self._saving, None
+        try:
+            saving.result()
+        except OSError as error:
+            if not tensor_files.is_want_of_room(error):
+                raise
+            self._no_room = error
         else:
-            partial.rename(final)
-        for old in _finished(self._folder)[: -self._keep]:
-            shutil.rmtree(old)
+            self._saved_step = self._begun_step
 
     def load(self, path: Path, state: TrainingState) -> int:
         """Put ``state`` back as it was, on this or another number of ranks.
@@ -166,122 +126,118 @@ class CheckpointFolder:
         Raises:
             CheckpointError: It is damaged, or another run's; the message says what differs.
         """
-        meta = _read_meta(path)
-        self._check_identity(path, meta)
-        _check_files(path, meta["files"])
-        wanted = _tensors(state)
-        if dist.get_rank() >= meta["world_size"]:
-            del wanted["random"]  # a rank that didn't exist then
-        try:
-            dcp.load(wanted, checkpoint_id=path)
-        except CheckpointException as error:
-            causes = "; ".join(sorted({str(cause) for cause, _ in error.failures.values()}))
-            raise CheckpointError(str(path), f"its tensors don't fit: {causes}", _FRESH) from error
-        set_state_dict(
-            state.model,
-            state.optimizer,
-            model_state_dict=wanted["model"],
-            optim_state_dict=wanted["optimizer"],
-        )
+        meta = together(partial(self._read_own, path))[self._rank]
+        tensor_files.verify(path, meta["files"])
+        tensors = state.tensors()
+        if self._rank >= meta["world_size"]:
+            del tensors["random"]  # a rank that didn't exist then
+        tensor_files.read(path, tensors)
+        state.set_tensors(tensors)
         state.scheduler.load_state_dict(meta["scheduler"])
-        if "random" in wanted:
-            _set_random_state(wanted["random"][str(dist.get_rank())])
-        step: int = meta["step"]
-        return step
+        self._begun_step = self._saved_step = int(meta["step"])
+        return self._saved_step
 
-    def _check_identity(self, path: Path, meta: Mapping[str, Any]) -> None:
-        saved, own = meta["identity"], self._identity
-        differences = [
-            f"{key} is {saved.get(key, _MISSING)!r} there and {own.get(key, _MISSING)!r} here"
-            for key in sorted(saved.keys() | own.keys())
-            if saved.get(key, _MISSING) != own.get(key, _MISSING)
-        ]
-        if differences:
+    def _read_own(self, path: Path) -> dict[str, Any]:
+        meta = files.read_meta(path)
+        if found := identity_differences(meta["identity"], self._identity):
             raise CheckpointError(
-                str(path), f"it belongs to another run: {'; '.join(differences)}", _FRESH
+                str(path),
+                f"it belongs to another run: {'; '.join(found)}",
+                "Use another data_root, or set fresh: true to start over",
+            )
+        return meta
+
+    def _wait_for_the_one_before(self, step: int) -> None:
+        is_slow = self._saving is not None and not self._saving.done()
+        start = time.monotonic()
+        self.wait()
+        if is_slow and self._rank == 0:
+            logger.warning(
+                "event=waited_for_checkpoint step=%d of_step=%d seconds=%.1f remedy=%r",
+                step,
+                self._begun_step,
+                time.monotonic() - start,
+                "raise training.checkpoint_interval",
             )
 
+    def _copy(self, state: TrainingState) -> dict[str, Any]:
+        """The state in host memory."""
+        return self._host_copy.of(state.tensors())
 
-def _finished(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    # In the saving thread of every rank; what one of them raises, all raise.
 
-
-def _read_meta(path: Path) -> dict[str, Any]:
-    try:
-        meta: dict[str, Any] = json.loads((path / META).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(str(path), f"{META} can't be read ({error})", _FRESH) from error
-    if meta.get("format") != FORMAT:
-        raise CheckpointError(
-            str(path), f"its format is {meta.get('format')!r}, this version reads {FORMAT}", _FRESH
-        )
-    return meta
-
-
-def _tensors(state: TrainingState) -> dict[str, Any]:
-    """What DCP saves, or fills in place; the random state under this rank's own name."""
-    model, optimizer = get_state_dict(state.model, state.optimizer)
-    random = {str(dist.get_rank()): _random_state()}
-    return {"model": model, "optimizer": optimizer, "random": random}
-
-
-def _random_state() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states["cuda"] = torch.cuda.get_rng_state()
-    return states
-
-
-def _set_random_state(states: Mapping[str, Tensor]) -> None:
-    torch.set_rng_state(states["cpu"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-
-
-def _hashes(folder: Path, pattern: str) -> dict[str, Any]:
-    """``{name: [bytes, sha256]}`` of the files that match."""
-    found = {}
-    for path in sorted(folder.glob(pattern)):
-        with path.open("rb") as file:
-            found[path.name] = [
-                path.stat().st_size,
-                hashlib.file_digest(file, "sha256").hexdigest(),
-            ]
-    return found
-
-
-def _check_files(path: Path, files: Mapping[str, Any]) -> None:
-    """Every rank reads some of the files, and all learn of any damage."""
-    names = sorted(files)[dist.get_rank() :: dist.get_world_size()]
-    own = _damage(path, {name: files[name] for name in names}, sizes_only=False)
-    problems: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(problems, own)
-    if found := [problem for problem in problems if problem]:
-        raise CheckpointError(str(path), "; ".join(found), _FRESH)
-
-
-def _damage(folder: Path, files: Mapping[str, Any], *, sizes_only: bool) -> str | None:
-    """What isn't as it was written, in words."""
-    problems = []
-    for name, (num_bytes, digest) in files.items():
-        found = folder / name
-        if not found.is_file():
-            problems.append(f"{name} is missing")
-        elif found.stat().st_size != num_bytes:
-            problems.append(f"{name} has {found.stat().st_size:,} bytes instead of {num_bytes:,}")
-        elif not sizes_only and _hashes(folder, name)[name][1] != digest:
-            problems.append(f"{name} has other content than was written")
-    return "; ".join(problems) or None
-
-
-def _flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"training": {"betas": (0.9, 0.95)}}`` to ``{"training.betas": [0.9, 0.95]}``."""
-    flat: dict[str, Any] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
+    def _save(self, saving: "Future[None]", step: int, write: Callable[[], None]) -> None:
+        start = time.monotonic()
+        path = files.checkpoint_path(self._folder, step)
+        try:
+            write()
+        except BaseException as error:  # noqa: BLE001 - raised where the save is waited for
+            if self._rank == 0:
+                shutil.rmtree(path.with_suffix(files.UNFINISHED), ignore_errors=True)
+                logger.warning(
+                    "event=not_saved checkpoint=%s cause=%r last_good=%s",
+                    path,
+                    f"{type(error).__name__}: {error}",
+                    self._last_good(),
+                )
+            saving.set_exception(error)
         else:
-            flat[f"{prefix}{key}"] = json.loads(json.dumps(value))
-    return flat
+            logger.info("event=saved checkpoint=%s seconds=%.2f", path, time.monotonic() - start)
+            saving.set_result(None)
+        finally:
+            self.doing = ""
+
+    def _last_good(self) -> str:
+        path = files.latest(self._folder)
+        return "the start, there is no checkpoint yet" if path is None else path.name
+
+    def _write(
+        self, copy: dict[str, Any], schedule: Mapping[str, Any], step: int, accounts: AskAccounts
+    ) -> None:
+        final = files.checkpoint_path(self._folder, step)
+        unfinished = final.with_suffix(files.UNFINISHED)
+        self.doing = f"writing the tensors of step {step}"
+        self._on_first_rank(partial(self._prepare, unfinished))
+        written = self._write_tensors(copy, unfinished)
+        self.doing = f"waiting for the accounts after step {step}"
+        meta = {
+            "format": files.FORMAT,
+            "step": step,
+            "world_size": dist.get_world_size(),
+            "identity": self._identity,
+            "scheduler": schedule,
+            "files": written,
+        }
+        self._on_first_rank(lambda: self._describe(unfinished, meta, accounts(step)))
+        self.doing = f"publishing the checkpoint of step {step}"
+        self._on_first_rank(partial(self._publish, unfinished, final))
+
+    def _on_first_rank(self, work: Callable[[], None]) -> None:
+        together(work if self._rank == 0 else _nothing, self._group)
+
+    def _prepare(self, unfinished: Path) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        files.remove_unfinished(self._folder)
+        unfinished.mkdir()
+
+    def _write_tensors(self, copy: dict[str, Any], unfinished: Path) -> dict[str, Any]:
+        return tensor_files.write(copy, unfinished, self._group)
+
+    def _describe(self, unfinished: Path, meta: Mapping[str, Any], accounts: Accounts) -> None:
+        """Write the description last, and look whether all that it names is here."""
+        counted = {"ledger": accounts.ledger, "accept_length": accounts.accept_length}
+        files.write_meta(unfinished, {**meta, **counted})
+        if problem := files.differences(unfinished, meta["files"], sizes_only=True):
+            raise CheckpointError(
+                str(unfinished),
+                problem,
+                "Put data_root on a file system that all trainer nodes share",
+            )
+
+    def _publish(self, unfinished: Path, final: Path) -> None:
+        files.publish(unfinished, final)
+        files.rotate(self._folder, self._keep)
+
+
+def _nothing() -> None:
+    """What the other ranks do while the first one works."""

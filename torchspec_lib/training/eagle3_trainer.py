@@ -26,16 +26,17 @@ from torchspec_lib.models.export import save_draft
 from torchspec_lib.models.target_head import TargetHead
 from torchspec_lib.models.ttt import Eagle3Model, Supervision, supervision
 from torchspec_lib.target import TargetSpec
-from torchspec_lib.training.checkpoint import CheckpointFolder, TrainingState
+from torchspec_lib.training import continual
+from torchspec_lib.training.checkpoint import CheckpointFolder
+from torchspec_lib.training.continual import DRAFT_PREFIX
 from torchspec_lib.training.fsdp import clip_gradients, set_gradient_sync, shard
 from torchspec_lib.training.optimizer import build_optimizer, build_scheduler
 from torchspec_lib.training.prefetch import PreparedStep
+from torchspec_lib.training.state import TrainingState
 from torchspec_lib.training.trainer import Trainer
 from torchspec_lib.types import StepMetrics
 
 logger = logging.getLogger(__name__)
-
-_DRAFT_PREFIX = "draft."
 
 
 class Eagle3Trainer(Trainer):
@@ -173,12 +174,22 @@ class Eagle3Trainer(Trainer):
         self._state.scheduler.step()
         return learning_rate
 
+    def start_from(self, path: Path) -> None:
+        """Take over a checkpoint's or an exported draft's weights, and nothing else.
+
+        Raises:
+            ConfigError: It doesn't fit; the message says which tensor or what else differs.
+        """
+        assert self.step == 0, "before the first step"
+        continual.load_weights(path, self._model, self._config, self._draft_vocab)
+        logger.info("event=started_from path=%s", path)
+
     def export(self, folder: Path) -> None:
         """Write the draft as engines serve it. All ranks take part, rank 0 writes."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state_dict: dict[str, Any] = get_model_state_dict(self._model, options=options)
         if dist.get_rank() == 0:
-            weights = {name.removeprefix(_DRAFT_PREFIX): w for name, w in state_dict.items()}
+            weights = {name.removeprefix(DRAFT_PREFIX): w for name, w in state_dict.items()}
             save_draft(folder, weights, self._config, self._draft_vocab)
             logger.info("event=exported folder=%s step=%d", folder, self.step)
 

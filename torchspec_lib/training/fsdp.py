@@ -4,9 +4,10 @@ Gradients are summed over ranks, never averaged: the loss is divided once, by th
 the whole global batch, before its backward.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ from torch.distributed.tensor import DTensor
 RENDEZVOUS_TIMEOUT = timedelta(minutes=5)
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """For a rank whose peers wait while a lost sample of it is captured again."""
+
+T = TypeVar("T")
 
 _BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
@@ -59,6 +62,29 @@ def init_process_group(
         timeout=COLLECTIVE_TIMEOUT,
         device_id=device if device.type == "cuda" else None,
     )
+
+
+def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+    """Do ``work`` on every rank; what one of them raises is raised by all, and none waits alone.
+
+    Args:
+        work: Gives something that can be pickled.
+        group: The default group if left out.
+
+    Returns:
+        Every rank's result, in the order of the ranks.
+    """
+    own: tuple[T | None, Exception | None]
+    try:
+        own = work(), None
+    except Exception as error:  # noqa: BLE001 - raised on every rank
+        own = None, error
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, own, group=group)
+    for _, raised in outcomes:
+        if raised is not None:
+            raise raised
+    return [result for result, _ in outcomes]
 
 
 def shard(model: nn.Module, device: torch.device, compute_dtype: torch.dtype) -> None:

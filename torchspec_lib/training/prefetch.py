@@ -75,9 +75,12 @@ class Prefetcher:
         self._control, self._store, self._rank = control, store, rank
         self._first_step, self._empty, self._pin_memory = first_step, empty, pin_memory
         self._room = threading.Semaphore(prefetch_steps)
+        self._unreleased: list[SampleKey] = []
         self._prepared: queue.SimpleQueue[PreparedStep | BaseException | None] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
+        self.doing = "starting to fetch"
+        """What the thread is at, in a few words, for who looks on."""
 
     def __enter__(self) -> "Prefetcher":
         self._thread.start()
@@ -88,6 +91,7 @@ class Prefetcher:
         self._closing.set()
         self._room.release()
         self._thread.join(_JOIN_TIMEOUT_S)
+        self._release([])
 
     def __iter__(self) -> Iterator[PreparedStep]:
         while True:
@@ -104,17 +108,21 @@ class Prefetcher:
         try:
             step = self._first_step
             while self._has_room():
+                self.doing = f"waiting for samples of step {step}"
                 micro_batches = self._control.next_step(self._rank, step)
                 if micro_batches is None:
                     break
+                self.doing = f"fetching step {step}"
                 self._prepared.put(self._prepare(step, micro_batches))
                 step += 1
+            self.doing = "all is fetched"
             self._prepared.put(None)
         except BaseException as error:  # noqa: BLE001 - raised where the step is asked for
             self._prepared.put(error)
 
     def _has_room(self) -> bool:
         """Wait for room ahead; False if nobody wants another step."""
+        self.doing = "enough steps are fetched ahead"
         self._room.acquire()
         return not self._closing.is_set()
 
@@ -127,7 +135,7 @@ class Prefetcher:
         keys = [ref.key for ref in fetched.refs]
         if keys or fetched.lost:
             # What is left of a lost sample goes too; its bytes moved on to the next attempt.
-            self._store.release(keys + fetched.lost)
+            self._release(keys + fetched.lost)
             self._control.fetched(keys)
         return PreparedStep(
             step=step,
@@ -136,6 +144,18 @@ class Prefetcher:
             rejected=tuple(fetched.rejected),
             num_tokens=sum(ref.num_tokens for ref in fetched.refs),
         )
+
+    def _release(self, keys: Sequence[SampleKey]) -> None:
+        """Free samples; what the store doesn't answer to is tried again with the next step's."""
+        self._unreleased += keys
+        if not self._unreleased:
+            return
+        try:
+            self._store.release(self._unreleased)
+        except StoreUnavailableError as error:
+            logger.warning("event=unreleased samples=%d error=%s", len(self._unreleased), error)
+        else:
+            self._unreleased.clear()
 
     def _fetch(self, ref: SampleRef, fetched: _Fetched) -> Sample | None:
         """Copy a sample out. A lost one is captured again, until it is there or rejected."""
@@ -146,6 +166,7 @@ class Prefetcher:
             except (SampleLostError, StoreUnavailableError) as error:
                 logger.warning("event=lost sample=%s error=%s", current.key, error)
                 fetched.lost.append(current.key)
+                self.doing = f"capturing sample {current.key} again"
                 current = self._control.recapture(current)
             else:
                 fetched.refs.append(current)

@@ -1,16 +1,16 @@
 """The loop that every training algorithm shares."""
 
 import logging
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch.distributed as dist
 
-from torchspec_lib.training.checkpoint import CheckpointFolder, TrainingState
+from torchspec_lib.training.checkpoint import CheckpointFolder
 from torchspec_lib.training.control import TrainingControl
 from torchspec_lib.training.prefetch import PreparedStep
+from torchspec_lib.training.state import TrainingState
 from torchspec_lib.types import StepMetrics, StepReport
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,14 @@ class Trainer(ABC):
     def __init__(self, state: TrainingState, checkpoints: CheckpointFolder) -> None:
         self._state, self._checkpoints = state, checkpoints
         self._rank = dist.get_rank()
-        self._step = self._saved_step = 0
+        self._step = 0
+        self._doing = "starting"
+
+    @property
+    def doing(self) -> str:
+        """What this rank is at, in a few words, for who looks on."""
+        saving = self._checkpoints.doing
+        return f"{self._doing}; {saving}" if saving else self._doing
 
     @property
     def step(self) -> int:
@@ -42,7 +49,7 @@ class Trainer(ABC):
         Raises:
             CheckpointError: It can't be loaded.
         """
-        self._step = self._saved_step = self._checkpoints.load(path, self._state)
+        self._step = self._checkpoints.load(path, self._state)
         logger.info("event=resumed step=%d checkpoint=%s", self._step, path)
 
     def run(self, steps: Iterable[PreparedStep], control: TrainingControl) -> int:
@@ -50,10 +57,16 @@ class Trainer(ABC):
 
         Returns:
             The last step taken.
+
+        Raises:
+            CheckpointError: The last step can't be saved.
         """
+        self._doing = f"waiting for step {self._step + 1}"
         for prepared in steps:
+            self._doing = f"training step {prepared.step}"
             metrics = self.train_step(prepared)
             self._step = prepared.step
+            self._doing = f"reporting step {self._step}"
             control.report(
                 StepReport(
                     step=prepared.step,
@@ -64,14 +77,10 @@ class Trainer(ABC):
                 )
             )
             if self._checkpoints.is_due(self._step):
-                self._save(control)
-        if self._step > self._saved_step:
-            self._save(control)
+                self._doing = f"saving step {self._step}"
+                self._checkpoints.save(self._state, self._step, control.accounts)
+            self._doing = f"waiting for step {self._step + 1}"
+        self._doing = f"saving step {self._step}, the last"
+        self._checkpoints.finish(self._state, self._step, control.accounts)
+        self._doing = "done"
         return self._step
-
-    def _save(self, control: TrainingControl) -> None:
-        start = time.monotonic()
-        ledger = control.ledger_state(self._step) if self._rank == 0 else None
-        path = self._checkpoints.save(self._state, self._step, ledger)
-        self._saved_step = self._step
-        logger.info("event=saved checkpoint=%s seconds=%.2f", path, time.monotonic() - start)

@@ -5,23 +5,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch.distributed as dist
 
 from torchspec_lib.config import RunConfig
 from torchspec_lib.data.dataset import load_draft_vocab
 from torchspec_lib.plan import ClusterPlan
-from torchspec_lib.ray.failures import unwrap
+from torchspec_lib.ray.failures import get
 from torchspec_lib.ray.ray_actor import RayActor
 from torchspec_lib.run_folder import RunFolder
 from torchspec_lib.target import TargetSpec
-from torchspec_lib.training.checkpoint import CheckpointFolder, run_identity
+from torchspec_lib.training.checkpoint import CheckpointFolder
 from torchspec_lib.training.eagle3_trainer import Eagle3Trainer
 from torchspec_lib.training.fsdp import Rendezvous, init_process_group
+from torchspec_lib.training.heartbeat import Heartbeat
 from torchspec_lib.training.prefetch import Prefetcher
+from torchspec_lib.training.state import run_identity
 from torchspec_lib.transfer.mooncake.store import connect
 from torchspec_lib.transfer.store import StoreAddress, TensorStore
-from torchspec_lib.types import CaptureResult, MicroBatch, SampleKey, SampleRef, StepReport
+from torchspec_lib.types import (
+    Accounts,
+    CaptureResult,
+    MicroBatch,
+    SampleKey,
+    SampleRef,
+    StepReport,
+)
+
+_BEAT_S = 5.0
+_BEATS_PER_TIMEOUT = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +49,9 @@ class TrainerSpec:
     store_address: StoreAddress
     folder: RunFolder
     resume_from: str | None
+    """A checkpoint of this run."""
+    continual_from: str | None
+    """Where the weights come from if there is no ``resume_from``; a path on every node."""
 
 
 class TrainerActor(RayActor):
@@ -58,7 +72,8 @@ class TrainerActor(RayActor):
         """Meet the other ranks, build the draft, go on from the checkpoint if there is one.
 
         Raises:
-            ConfigError: The target's folder lacks what the trainer needs of it.
+            ConfigError: The target's folder lacks what the trainer needs of it, or the weights
+                to start from don't fit.
             CheckpointError: The checkpoint can't be loaded.
             StoreUnavailableError: The store doesn't answer.
         """
@@ -68,14 +83,15 @@ class TrainerActor(RayActor):
         init_process_group(rendezvous, spec.rank, spec.world_size, self.device)
         self._store = connect(spec.store_address, self.node_ip, owns_memory=False)
         training = spec.run.training
+        draft_vocab = load_draft_vocab(Path(spec.dataset_dir))
         self._trainer = Eagle3Trainer(
             spec.run,
             spec.target,
-            load_draft_vocab(Path(spec.dataset_dir)),
+            draft_vocab,
             spec.plan.num_steps,
             CheckpointFolder(
                 spec.folder.checkpoints,
-                run_identity(spec.run, spec.target, spec.dataset_id),
+                run_identity(spec.run, spec.target, spec.dataset_id, draft_vocab),
                 interval=training.checkpoint_interval,
                 keep=training.keep_checkpoints,
             ),
@@ -83,21 +99,29 @@ class TrainerActor(RayActor):
         )
         if spec.resume_from is not None:
             self._trainer.resume(Path(spec.resume_from))
+        elif spec.continual_from is not None:
+            self._trainer.start_from(Path(spec.continual_from))
 
     def run(self, controller: Any, manager: Any) -> int:
         """Train until the controller says that the run is over; gives the last step taken."""
         assert self._store is not None, "join() comes first"
+        run, rank, trainer = self._spec.run, self._spec.rank, self._trainer
         control = _RayControl(controller, manager)
-        with Prefetcher(
+        prefetcher = Prefetcher(
             control,
             self._store,
-            self._spec.rank,
-            first_step=self._trainer.step + 1,
-            prefetch_steps=self._spec.run.training.prefetch_steps,
-            empty=self._trainer.empty_batch,
+            rank,
+            first_step=trainer.step + 1,
+            prefetch_steps=run.training.prefetch_steps,
+            empty=trainer.empty_batch,
             pin_memory=self.device.type == "cuda",
-        ) as steps:
-            return self._trainer.run(steps, control)
+        )
+        interval_s = min(_BEAT_S, run.recovery.hang_timeout_s / _BEATS_PER_TIMEOUT)
+        with (
+            Heartbeat(control, rank, interval_s, lambda: f"{trainer.doing}; {prefetcher.doing}"),
+            prefetcher as steps,
+        ):
+            return trainer.run(steps, control)
 
     def export(self, folder: str) -> None:
         """Write the draft as engines serve it. All ranks take part, rank 0 writes."""
@@ -123,28 +147,24 @@ class _RayControl:
         self._controller, self._manager = controller, manager
 
     def next_step(self, rank: int, step: int) -> tuple[MicroBatch, ...] | None:
-        micro_batches: tuple[MicroBatch, ...] | None = _get(
+        micro_batches: tuple[MicroBatch, ...] | None = get(
             self._controller.next_step.remote(rank, step)
         )
         return micro_batches
 
     def fetched(self, keys: Sequence[SampleKey]) -> None:
-        _get(self._manager.release.remote(keys))
+        get(self._manager.release.remote(keys))
 
     def recapture(self, ref: SampleRef) -> CaptureResult:
-        result: CaptureResult = _get(self._manager.recapture.remote(ref))
+        result: CaptureResult = get(self._manager.recapture.remote(ref))
         return result
 
     def report(self, report: StepReport) -> None:
-        _get(self._controller.report.remote(report))
+        get(self._controller.report.remote(report))
 
-    def ledger_state(self, step: int) -> dict[str, Any]:
-        state: dict[str, Any] = _get(self._controller.ledger_state.remote(step))
-        return state
+    def accounts(self, step: int) -> Accounts:
+        accounts: Accounts = get(self._controller.accounts.remote(step))
+        return accounts
 
-
-def _get(ref: Any) -> Any:
-    try:
-        return ray.get(ref)
-    except ray.exceptions.RayError as error:
-        raise unwrap(error) from error
+    def beat(self, rank: int, doing: str) -> None:
+        get(self._controller.beat.remote(rank, doing))
