@@ -20,6 +20,7 @@ from tasks.report_page import (
     page,
     plot,
     section,
+    table,
     tiles,
 )
 from torchspec_lib.plan import MIB
@@ -64,7 +65,16 @@ def training_report(summary: TrainSummary, steps: Sequence[StepMetrics]) -> str:
                 }
             ),
         ),
+        *_recoveries(summary),
     )
+
+
+def _recoveries(summary: TrainSummary) -> list[str]:
+    """What was lost and replaced, if anything was."""
+    rows = [(lost.part, f"{lost.seconds:.1f} s", lost.cause) for lost in summary.recoveries]
+    if not rows:
+        return []
+    return [section("Lost and replaced", table(("part", "back after", "cause"), rows))]
 
 
 def _who_waited(summary: TrainSummary) -> str:

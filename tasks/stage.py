@@ -22,7 +22,7 @@ from flytekit.core.context_manager import ExecutionState
 
 from tasks.run_input import with_full_paths
 from torchspec_lib import logs
-from torchspec_lib.errors import TorchSpecError, WorkerLostError
+from torchspec_lib.errors import RecoverableError, TorchSpecError
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def _exit(signal_number: int, _frame: FrameType | None) -> NoReturn:
 
 def _plain_text(error: TorchSpecError) -> str:
     text = with_full_paths(str(error))
-    if isinstance(error, WorkerLostError):
+    if isinstance(error, RecoverableError):
         return f"{text}. Run the same command again: it goes on from its last checkpoint"
     return text
 

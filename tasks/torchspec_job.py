@@ -20,7 +20,7 @@ from flytekitplugins.ray.task import RayFunctionTask
 
 from tasks.resources import WorkerGroup
 from tasks.stage import is_local, terminable
-from torchspec_lib.errors import WorkerLostError
+from torchspec_lib.errors import RecoverableError
 
 INJECTED_INPUT = "cluster"
 LOG_RETENTION_S = 600
@@ -68,8 +68,8 @@ class TorchSpecTask(RayFunctionTask):
     """Runs a task function with the cluster that its ``TorchSpecJob`` brings up.
 
     The function's parameter ``cluster`` is no Flyte input. Whatever ends the function, an error,
-    an interrupt or a preemption, what was brought up is taken down in reverse. The loss of a
-    worker becomes Flyte's recoverable error, which ``retries`` count; nothing else does.
+    an interrupt or a preemption, what was brought up is taken down in reverse. What another
+    try can cure becomes Flyte's recoverable error, which ``retries`` count; nothing else does.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class TorchSpecTask(RayFunctionTask):
             try:
                 cluster = stack.enter_context(self._task_config.bring_up(**kwargs))
                 return super().execute(**kwargs, **{INJECTED_INPUT: cluster})
-            except WorkerLostError as error:
+            except RecoverableError as error:
                 raise FlyteRecoverableException(str(error)) from error
 
 

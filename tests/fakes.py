@@ -10,6 +10,7 @@ from torchspec_lib.types import (
     CaptureFailure,
     CaptureRequest,
     CaptureResult,
+    Fault,
     Prompt,
     SampleKey,
     SampleRef,
@@ -31,19 +32,44 @@ def sample(request: CaptureRequest) -> SampleRef:
 
 
 class FakeEngine:
-    """Captures in no time, or as ``behave`` says for a request."""
+    """Captures in no time, or as ``behave`` says for a request; may die or hang on one."""
 
     def __init__(
-        self, behave: Callable[[CaptureRequest], CaptureResult] = sample, dies_after: int = 10**9
+        self,
+        behave: Callable[[CaptureRequest], CaptureResult] = sample,
+        dies_at: Sequence[int] = (),
+        kills: Sequence[str] = (),
+        hangs_at: Sequence[int] = (),
+        startable: bool = True,
     ) -> None:
-        self.behave, self.dies_after = behave, dies_after
+        """Die or hang at these calls, counted from 1; die of these prompts."""
+        self.behave, self.startable = behave, startable
+        self.dies_at, self.kills, self.hangs_at = set(dies_at), set(kills), set(hangs_at)
         self.captured: list[SampleKey] = []
         self.discarded: list[SampleKey] = []
+        self.starts: list[bool] = []
+        """Whether it was killed before, for each."""
+        self.num_calls = 0
+        self._is_dead = False
+
+    async def start(self, kill: bool) -> None:
+        if not self.startable:
+            raise WorkerLostError("engine", "its node is gone")
+        await asyncio.sleep(0)
+        self.starts.append(kill)
+        self._is_dead = False
 
     async def capture(self, requests: Sequence[CaptureRequest]) -> list[CaptureResult]:
         await asyncio.sleep(0)
+        self.num_calls += 1
         self.captured += [request.key for request in requests]
-        if len(self.captured) > self.dies_after:
+        if self.num_calls in self.hangs_at:
+            await asyncio.sleep(3600)
+        ends_it = self.num_calls in self.dies_at or self.kills & {
+            request.prompt.prompt_id for request in requests
+        }
+        if ends_it or self._is_dead:
+            self._is_dead = True
             raise WorkerLostError("engine", "killed")
         return [self.behave(request) for request in requests]
 
@@ -51,10 +77,10 @@ class FakeEngine:
         self.discarded += keys
 
 
-def failing(prompt_ids: set[str], retryable: bool) -> Callable[[CaptureRequest], CaptureResult]:
+def failing(prompt_ids: set[str], fault: Fault) -> Callable[[CaptureRequest], CaptureResult]:
     def behave(request: CaptureRequest) -> CaptureResult:
         if request.prompt.prompt_id in prompt_ids:
-            return CaptureFailure(request.key, "poison", retryable)
+            return CaptureFailure(request.key, "poison", fault)
         return sample(request)
 
     return behave

@@ -1,7 +1,8 @@
 """Engines and trainers of one run, brought up in one order and taken down in reverse.
 
-Ray -> placement groups -> Mooncake master and clients -> engines and trainers -> controller and
-manager. A context manager, so that whatever fails or interrupts, all of it goes.
+Ray -> placement groups -> Mooncake master and clients -> engines, which all stand to the end, and
+trainers, controller and manager, which are started again together where one of them is lost. A
+context manager, so that whatever fails or interrupts, all of it goes.
 """
 
 import time
@@ -13,17 +14,20 @@ from typing import Any
 import ray
 from tqdm import tqdm
 
+from torchspec_lib.attempt import RunInputs, Standing
 from torchspec_lib.config import RunConfig
 from torchspec_lib.inference.engine_actor import EngineActor
 from torchspec_lib.inference.factory import EngineSpec
 from torchspec_lib.plan import ClusterPlan
 from torchspec_lib.ray.cluster import ray_session
-from torchspec_lib.ray.placement_group import Placement, create_placement_groups
-from torchspec_lib.ray.train_group import RayTrainGroup
+from torchspec_lib.ray.failures import get
+from torchspec_lib.ray.placement_group import (
+    Placement,
+    create_placement_groups,
+    driver_actor,
+)
 from torchspec_lib.results import DatasetManifest, TrainSummary
-from torchspec_lib.training import checkpoint
-from torchspec_lib.training.trainer_actor import TrainerActor, TrainerSpec
-from torchspec_lib.training_run import RunInputs, TrainingRun, driver_actor, get
+from torchspec_lib.training_run import TrainingRun
 from torchspec_lib.transfer.mooncake.master import MooncakeClient, MooncakeMaster
 from torchspec_lib.transfer.store import StoreAddress
 
@@ -70,54 +74,45 @@ def _bring_up(stack: ExitStack, inputs: RunInputs) -> TrainingRun:
     placement = create_placement_groups(plan, run.cluster.gpu_wait_s)
     stack.callback(placement.remove)
     _phase("starting the store")
-    address = _start_store(stack, inputs, placement)
+    address, store_actors = _start_store(stack, inputs, placement)
     _phase(f"starting {plan.num_engines} engine(s) and {run.training.world_size} trainer rank(s)")
     engines = _start_engines(stack, inputs, placement, address)
-    resume_from = checkpoint.latest(inputs.folder.checkpoints)
-    specs = [
-        TrainerSpec(
-            run=run,
-            target=inputs.target,
-            plan=plan,
-            dataset_id=inputs.manifest.dataset_id,
-            dataset_dir=str(inputs.dataset_dir),
-            rank=rank,
-            world_size=run.training.world_size,
-            store_address=address,
-            folder=inputs.folder,
-            resume_from=None if resume_from is None else str(resume_from),
-        )
-        for rank in range(run.training.world_size)
-    ]
-    trainers = RayTrainGroup.start(TrainerActor, specs, placement.training)
-    stack.callback(trainers.shutdown)
+    standing = Standing(engines, placement.training, address, store_actors)
+    training = TrainingRun(inputs, standing)
+    stack.callback(training.close)
+    training.start()
     get([engine.ping.remote() for engine in engines])
     _phase(f"everything is up after {time.monotonic() - start:.0f} s")
-    return TrainingRun(stack, inputs, engines, trainers, address, resume_from)
+    return training
 
 
 def _phase(text: str) -> None:
     tqdm.write(f"  {text}")
 
 
-def _start_store(stack: ExitStack, inputs: RunInputs, placement: Placement) -> StoreAddress:
+def _start_store(
+    stack: ExitStack, inputs: RunInputs, placement: Placement
+) -> tuple[StoreAddress, list[Any]]:
     """The master beside the driver, and in client-process mode one client on every node."""
     run, plan = inputs.run, inputs.plan
     nodes = {slot.node_ip: slot.node_id for slot in placement.training + placement.inference}
     in_clients = run.transfer.mode == "client_process"
     segment_bytes = plan.owned_bytes(len(nodes) if in_clients else plan.num_engines)
-    master = driver_actor(MooncakeMaster).remote(ray.util.get_node_ip_address())
+    patience = (run.recovery.max_restarts, run.recovery.hang_timeout_s)
+    master = driver_actor(MooncakeMaster).remote(ray.util.get_node_ip_address(), *patience)
     stack.callback(_end, master, "stop")
+    actors = [master]
     endpoint = get(master.endpoint.remote())
     clients = {}
     if in_clients:
         for node_ip, node_id in nodes.items():
             client = driver_actor(MooncakeClient, node_id).remote(
-                node_ip, endpoint.rpc, segment_bytes, run.transfer
+                node_ip, endpoint.rpc, segment_bytes, run.transfer, *patience
             )
+            actors.append(client)
             stack.callback(_end, client, "stop")
             clients[node_ip] = get(client.address.remote())
-    return StoreAddress(
+    address = StoreAddress(
         run_id=inputs.folder.run_id,
         mode=run.transfer.mode,
         protocol=run.transfer.protocol,
@@ -128,6 +123,7 @@ def _start_store(stack: ExitStack, inputs: RunInputs, placement: Placement) -> S
         segment_bytes=segment_bytes,
         max_sample_bytes=plan.sample_bytes,
     )
+    return address, actors
 
 
 def _start_engines(
@@ -139,7 +135,9 @@ def _start_engines(
     for rank in range(inputs.plan.num_engines):
         slot = placement.inference[rank]
         spec = EngineSpec(inputs.run, inputs.target, rank, address)
-        engine = engine_class.options(**slot.options("inference")).remote(spec)
+        # Ray starts a dead one again, in its bundle; the manager says when it is enough.
+        options = slot.options("inference") | {"max_restarts": -1}
+        engine = engine_class.options(**options).remote(spec)
         stack.callback(_end, engine, "exit")
         engines.append(engine)
     return engines

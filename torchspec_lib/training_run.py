@@ -1,127 +1,122 @@
-"""A training run as the driver sees it: it starts the control plane, waits, shows what comes."""
+"""A training run as the driver sees it: attempts, until one comes to the end."""
 
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import ray
-from ray.exceptions import RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from tqdm import tqdm
 
-from torchspec_lib.config import RunConfig
-from torchspec_lib.controller.actors import AsyncInferenceManager, AsyncTrainingController
-from torchspec_lib.controller.inference_manager import CapturePolicy, CaptureStats
-from torchspec_lib.controller.training_controller import RunTotals, Schedule
-from torchspec_lib.errors import StoreUnavailableError
+from torchspec_lib.attempt import Attempt, RunInputs, Standing
+from torchspec_lib.controller.inference_manager import CaptureStats
+from torchspec_lib.controller.training_controller import RunTotals
+from torchspec_lib.errors import GivenUpError, StoreUnavailableError, WorkerLostError
 from torchspec_lib.models.export import validate_draft
-from torchspec_lib.plan import ClusterPlan
-from torchspec_lib.ray.failures import unwrap
-from torchspec_lib.ray.train_group import RayTrainGroup
-from torchspec_lib.results import DatasetManifest, TrainSummary
-from torchspec_lib.run_folder import RunFolder
-from torchspec_lib.target import TargetSpec, read_target
-from torchspec_lib.training import checkpoint
+from torchspec_lib.ray.failures import get
+from torchspec_lib.results import TrainSummary
+from torchspec_lib.training import checkpoint_files
 from torchspec_lib.transfer.mooncake.processes import evicted_keys
-from torchspec_lib.transfer.store import StoreAddress
-from torchspec_lib.types import StepMetrics, accept_length
+from torchspec_lib.types import Recovery, StepMetrics, pooled_accept_length
 
-
-@dataclass(frozen=True, slots=True)
-class RunInputs:
-    """What a training run is made of."""
-
-    run: RunConfig
-    target: TargetSpec
-    plan: ClusterPlan
-    dataset_dir: Path
-    manifest: DatasetManifest
-    folder: RunFolder
-
-    @classmethod
-    def of(
-        cls, run: RunConfig, plan: ClusterPlan, dataset_dir: Path, manifest: DatasetManifest
-    ) -> "RunInputs":
-        target = read_target(run.model)
-        folder = RunFolder.of(run, manifest, target)
-        return cls(run, target, plan, dataset_dir, manifest, folder)
+CURABLE = (WorkerLostError, StoreUnavailableError)
+"""What trainers and control plane are started again for, from the last checkpoint."""
 
 
 class TrainingRun:
-    """The training loop as the driver sees it: it waits, and shows what comes."""
+    """Trains to the end, however often trainers or control plane have to be started again."""
 
-    def __init__(
-        self,
-        stack: ExitStack,
-        inputs: RunInputs,
-        engines: Sequence[Any],
-        trainers: RayTrainGroup,
-        address: StoreAddress,
-        resume_from: Path | None,
-    ) -> None:
-        run = inputs.run
-        self._inputs, self._trainers, self._address = inputs, trainers, address
-        self._resume_step, ledger = checkpoint.position(resume_from)
-        inputs.folder.keep_metrics_until(self._resume_step)
-        self._controller = driver_actor(AsyncTrainingController).remote(
-            str(inputs.dataset_dir), inputs.folder, _schedule(inputs), self._resume_step, ledger
-        )
-        stack.callback(ray.kill, self._controller)
-        policy = CapturePolicy(
-            inputs.plan.max_in_flight_bytes, run.inference.request_size, run.inference.max_attempts
-        )
-        self._manager = driver_actor(AsyncInferenceManager).remote(
-            self._controller, list(engines), policy, inputs.plan
-        )
-        stack.callback(ray.kill, self._manager)
+    def __init__(self, inputs: RunInputs, standing: Standing) -> None:
+        self._inputs, self._standing = inputs, standing
+        self._store_watches = [actor.watch.remote() for actor in standing.store_actors]
+        self._attempt: Attempt | None = None
+        self._num_attempts = self._num_restarts = 0
+        self._lost: tuple[float, Exception] | None = None
+        """When and by what the last attempt ended, until the next one has taken a step."""
+
+    def start(self) -> None:
+        """Start the first attempt; what keeps it from starting is raised as it is."""
+        self._resumed_from = self._start_attempt().resume_step
+
+    def _start_attempt(self) -> Attempt:
+        self._num_attempts += 1
+        self._attempt = Attempt.start(self._inputs, self._standing, self._num_attempts)
+        return self._attempt
 
     def train(self) -> TrainSummary:
         """Train to the end, settle the accounts, export the draft.
 
+        An interrupt (SIGTERM, Ctrl-C) saves a checkpoint within ``recovery.grace_s``.
+
         Raises:
             LedgerError: A prompt is neither trained nor rejected.
-            StoreUnavailableError: The store evicted samples that nobody had read.
-            WorkerLostError: A part of the run died.
+            GivenUpError: A part of the run died again and again.
+            CheckpointError: The last checkpoint can't be loaded.
         """
         start = time.monotonic()
-        folder = self._inputs.folder
-        self._follow(self._trainers.run(self._controller, self._manager))
-        totals: RunTotals = get(self._controller.finish.remote())
-        stats: CaptureStats = get(self._manager.stats.remote())
-        if evicted := evicted_keys(self._address.metrics):
+        try:
+            while True:
+                try:
+                    return self._take_attempt(start)
+                except CURABLE as error:
+                    self._drop(error)
+        except (KeyboardInterrupt, SystemExit):
+            self._save_and_stop()
+            raise
+
+    def close(self) -> None:
+        if self._attempt is not None:
+            self._attempt.close()
+
+    def _take_attempt(self, start: float) -> TrainSummary:
+        attempt = self._attempt or self._start_attempt()
+        attempt.follow(self._note_recovery, self._store_watches)
+        self._note_recovery()
+        totals, stats = attempt.totals(), attempt.stats()
+        if evicted := evicted_keys(self._standing.address.metrics):
             raise StoreUnavailableError("keep", f"it evicted {evicted} samples unread")
-        self._trainers.export(str(folder.draft))
+        folder = self._inputs.folder
+        attempt.export(folder.draft)
         validate_draft(folder.draft, self._inputs.target)
+        attempt.shutdown()
+        for found in get([actor.recoveries.remote() for actor in self._standing.store_actors]):
+            for recovery in found:
+                folder.append_recovery(recovery)
         wall_s = time.monotonic() - start
         summary = self._summary(folder.read_metrics(), totals, stats, wall_s)
         folder.finish(summary)
         return summary
 
-    def _follow(self, trainer_refs: list[Any]) -> None:
-        """Show finished steps until every rank is done; raise what ends the run early."""
-        running = list(trainer_refs)
-        capturing = self._manager.run.remote()
-        num_seen, num_left = 0, self._inputs.plan.num_steps - self._resume_step
-        with tqdm(total=num_left, desc="training", unit="step", dynamic_ncols=True) as bar:
-            news = self._controller.progress.remote(0)
-            while running or num_seen < self._num_steps_taken():
-                done, _ = ray.wait([news, capturing, *running], num_returns=1)
-                if done[0] == capturing:
-                    get(capturing)
-                elif done[0] == news:
-                    num_seen += _show(get(news), bar)
-                    news = self._controller.progress.remote(num_seen)
-                else:
-                    self._trainers.wait(done)
-                    running.remove(done[0])
+    def _drop(self, error: Exception) -> None:
+        """Close the attempt that ended by ``error``.
 
-    def _num_steps_taken(self) -> int:
-        """Of this run since it was resumed, once all ranks are through."""
-        totals: RunTotals = get(self._controller.finish.remote())
-        return totals.num_steps - self._resume_step
+        Raises:
+            GivenUpError: It is one too many in a row.
+        """
+        self._lost = self._lost or (time.monotonic(), error)
+        attempt, self._attempt = self._attempt, None
+        step = checkpoint_files.last_step(self._inputs.folder.checkpoints)
+        if attempt is not None:
+            attempt.close()
+            if step > attempt.resume_step:
+                self._num_restarts = 0
+        if self._num_restarts >= self._inputs.run.recovery.max_restarts:
+            raise GivenUpError("the trainers' group", str(error)) from error
+        self._num_restarts += 1
+        tqdm.write(f"  {error}. Going on from step {step}")
+
+    def _note_recovery(self) -> None:
+        if self._lost is not None:
+            at, error = self._lost
+            part = error.role if isinstance(error, WorkerLostError) else "the store"
+            seconds = time.monotonic() - at
+            self._inputs.folder.append_recovery(Recovery(part, str(error), seconds))
+            self._lost = None
+
+    def _save_and_stop(self) -> None:
+        grace_s = self._inputs.run.recovery.grace_s
+        tqdm.write(f"  interrupted: saving a checkpoint, {grace_s:.0f} s at most")
+        if self._attempt is not None:
+            self._attempt.save_and_stop(grace_s)
+        step = checkpoint_files.last_step(self._inputs.folder.checkpoints)
+        tqdm.write(f"  the same command goes on from step {step}")
 
     def _summary(
         self,
@@ -144,50 +139,9 @@ class TrainingRun:
             loss=metrics[-1].loss,
             accept_length=pooled_accept_length(tail),
             bytes_streamed=stats.num_bytes,
-            resumed_from_step=self._resume_step,
+            resumed_from_step=self._resumed_from,
+            recoveries=tuple(self._inputs.folder.read_recoveries()),
             wall_s=wall_s,
-            trainer_wait_s=sum(step.wait_s for step in metrics),
+            trainer_wait_s=sum(step.wait_s for step in metrics if step.step > self._resumed_from),
             capture_wait_s=stats.waited_for_bytes_s,
         )
-
-
-def _show(steps: Sequence[StepMetrics], bar: Any) -> int:
-    last = steps[-1]
-    bar.set_postfix(loss=f"{last.loss:.3f}", accept_length=f"{last.accept_length:.2f}")
-    bar.update(len(steps))
-    return len(steps)
-
-
-def _schedule(inputs: RunInputs) -> Schedule:
-    run = inputs.run
-    return Schedule(
-        run_id=inputs.folder.run_id,
-        seed=run.seed,
-        num_epochs=run.training.num_epochs,
-        global_batch_size=run.training.global_batch_size,
-        world_size=run.training.world_size,
-        micro_batch_tokens=run.training.micro_batch_tokens,
-        max_failed_fraction=run.inference.max_failed_fraction,
-    )
-
-
-def pooled_accept_length(steps: Sequence[StepMetrics]) -> float:
-    """Accept length over several steps, from their counts taken together."""
-    chains = [sum(depth) for depth in zip(*(step.chains for step in steps), strict=True)]
-    matches = [sum(depth) for depth in zip(*(step.matches for step in steps), strict=True)]
-    return accept_length([m / c if c else 0.0 for m, c in zip(matches, chains, strict=True)])
-
-
-def driver_actor(actor_class: type, node_id: str | None = None) -> Any:
-    """An actor class without a bundle; on ``node_id``, or else beside the driver."""
-    node = node_id or ray.get_runtime_context().get_node_id()
-    strategy = NodeAffinitySchedulingStrategy(node, soft=False)
-    return ray.remote(actor_class).options(num_cpus=0, scheduling_strategy=strategy)
-
-
-def get(refs: Any) -> Any:
-    """``ray.get``, with the remote side's own errors."""
-    try:
-        return ray.get(refs)
-    except RayError as error:
-        raise unwrap(error) from error

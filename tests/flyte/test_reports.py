@@ -24,7 +24,7 @@ from torchspec_lib.results import (
 )
 from torchspec_lib.run_folder import RunFolder
 from torchspec_lib.target import TargetSpec, read_target
-from torchspec_lib.types import StepMetrics
+from torchspec_lib.types import Recovery, StepMetrics
 
 VOID_TAGS = {"img", "meta", "br"}
 SUMMARY = TrainSummary(
@@ -203,6 +203,18 @@ def test_the_training_report_shows_its_curves(num_steps: int) -> None:
     assert "loss in nats" in learning
     assert "accept rate by depth" in learning
     assert "tokens per second" in throughput
+
+
+def test_the_training_report_tells_what_was_lost_and_replaced() -> None:
+    lost = Recovery("engine 0", "no answer for <300> s", 17.25)
+    html = draft_reports.training_report(
+        SUMMARY.model_copy(update={"recoveries": (lost,)}), steps(7)
+    )
+    PageCheck(html)
+    assert "Lost and replaced" in html
+    assert "17.2 s" in html
+    assert "&lt;300&gt;" in html
+    assert "Lost and replaced" not in draft_reports.training_report(SUMMARY, steps(7))
 
 
 def test_the_evaluation_report_marks_the_tokens_that_the_draft_got_right(tokenizer) -> None:

@@ -79,21 +79,22 @@ def test_results_come_in_the_order_of_the_requests(engine):
 
 def test_a_prompt_longer_than_the_target_allows_is_refused_for_good(engine):
     (failure,) = engine.capture([request([1] * 65)])
-    assert not failure.retryable
+    assert failure.fault == "prompt"
     assert "max_position_embeddings" in failure.reason
 
 
 @pytest.mark.parametrize("bad_id", [-1, 97])
 def test_ids_outside_the_vocabulary_are_refused_for_good(engine, bad_id):
     (failure,) = engine.capture([request([1, bad_id])])
-    assert not failure.retryable
+    assert failure.fault == "prompt"
     assert "vocabulary" in failure.reason
 
 
 def test_a_full_store_is_a_failure_that_may_be_retried(model, target):
     engine = HFEngine(model, target, AUX, MemoryStore(capacity_bytes=64))
     (failure,) = engine.capture([request([1, 2, 3])])
-    assert (failure.retryable, failure.reason) == (True, "StoreFullError")
+    assert failure.fault == "store"
+    assert "no room" in failure.reason
 
 
 def test_a_prompt_that_breaks_the_forward_does_not_take_the_others_with_it(engine, model):

@@ -1,20 +1,27 @@
 """The controller and the manager as Ray actors: thin shells, nothing to test through Ray."""
 
+import asyncio
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import ActorUnavailableError, RayError
 
 from torchspec_lib import logs
 from torchspec_lib.controller.inference_manager import CapturePolicy, InferenceManager
 from torchspec_lib.controller.training_controller import Schedule, TrainingController
 from torchspec_lib.data.dataset import load_prompts
+from torchspec_lib.errors import HungError
 from torchspec_lib.plan import ClusterPlan
 from torchspec_lib.ray.failures import unwrap
 from torchspec_lib.run_folder import RunFolder
 from torchspec_lib.types import CaptureRequest, CaptureResult, SampleKey
+
+START_TIMEOUT_S = 1800.0
+"""For an engine to come back: a very large target takes long to load."""
+PAUSE_S = 0.2
 
 
 class AsyncTrainingController(TrainingController):
@@ -38,11 +45,25 @@ class AsyncInferenceManager(InferenceManager):
     """The inference manager over engine actors. An asyncio actor without a device."""
 
     def __init__(
-        self, controller: Any, engines: Sequence[Any], policy: CapturePolicy, plan: ClusterPlan
+        self,
+        controller: Any,
+        engines: Sequence[Any],
+        start: int,
+        policy: CapturePolicy,
+        plan: ClusterPlan,
+        folder: RunFolder,
     ) -> None:
+        """``start`` counts how often the run's trainers were started."""
         logs.setup("manager", level=logging.WARNING)
-        clients = [_EngineClient(engine) for engine in engines]
-        super().__init__(_ControllerClient(controller), clients, policy, plan.reserved_bytes)
+        self._in_use = folder.use()
+        clients = [_EngineClient(engine, start) for engine in engines]
+        super().__init__(
+            _ControllerClient(controller),
+            clients,
+            policy,
+            plan.reserved_bytes,
+            folder.append_recovery,
+        )
 
 
 class _ControllerClient:
@@ -62,15 +83,41 @@ class _ControllerClient:
 class _EngineClient:
     """An engine's handle as the protocol that the manager asks for."""
 
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
+    def __init__(self, handle: Any, start: int) -> None:
+        self._handle, self._start = handle, start
 
     async def capture(self, requests: Sequence[CaptureRequest]) -> list[CaptureResult]:
-        try:
-            results: list[CaptureResult] = await self._handle.capture.remote(requests)
-        except ray.exceptions.RayError as error:
-            raise unwrap(error) from error
+        results: list[CaptureResult] = await _answer(
+            self._handle.capture.remote(self._start, requests)
+        )
         return results
 
     async def discard(self, keys: Sequence[SampleKey]) -> None:
-        await self._handle.discard.remote(keys)
+        await _answer(self._handle.discard.remote(keys))
+
+    async def start(self, kill: bool) -> None:
+        if kill:
+            ray.kill(self._handle, no_restart=False)
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S):
+                while not await self._is_up():
+                    await asyncio.sleep(PAUSE_S)
+        except TimeoutError:
+            raise HungError("an engine", f"not up after {START_TIMEOUT_S:.0f} s") from None
+
+    async def _is_up(self) -> bool:
+        """Waits for an actor that is starting; one that is just ending is as good as not there."""
+        try:
+            await self._handle.ping.remote()
+        except ActorUnavailableError:
+            return False
+        except RayError as error:
+            raise unwrap(error) from error
+        return True
+
+
+async def _answer(call: Any) -> Any:
+    try:
+        return await call
+    except RayError as error:
+        raise unwrap(error) from error

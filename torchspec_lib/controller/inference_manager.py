@@ -1,40 +1,41 @@
 """Keeps the engines busy within a budget of bytes, and sees every prompt through.
 
 Who waits for whom: ``_feed`` waits for bytes, which ``release`` gives back; an engine's
-workers wait for requests, which ``_feed`` and failed attempts bring; ``recapture`` waits for
+workers wait for jobs, which ``_feed`` and failed attempts bring; ``recapture`` waits for
 one sample. The budget is granted in the order of the prompts, and steps take samples in
 that order too: so the oldest prompt always has its bytes, and nothing can block for ever.
+An engine that dies or hangs is started again, and what it had goes to whoever is free.
 """
 
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torchspec_lib.errors import EngineError, WorkerLostError
+from torchspec_lib.controller.byte_budget import ByteBudget
+from torchspec_lib.controller.engine_slot import Call, Engine, EngineSlot
+from torchspec_lib.controller.job_queue import Job, JobQueue
+from torchspec_lib.errors import EngineError, GivenUpError, StoreUnavailableError, WorkerLostError
 from torchspec_lib.types import (
     CaptureFailure,
     CaptureRequest,
     CaptureResult,
+    Pulse,
+    Recovery,
     SampleKey,
     SampleRef,
 )
 
 logger = logging.getLogger(__name__)
 
-WORKERS_PER_ENGINE = 2
+CALLS_PER_ENGINE = 2
 """Calls that an engine has at a time: while it works on one, the next is already there."""
-
-
-class Engine(Protocol):
-    """An engine as the manager calls it; a dead one raises ``WorkerLostError``."""
-
-    async def capture(self, requests: Sequence[CaptureRequest]) -> list[CaptureResult]: ...
-
-    async def discard(self, keys: Sequence[SampleKey]) -> None: ...
+MAX_LOSSES = 10
+"""Samples of one prompt that the store may lose before the prompt is rejected."""
+STORE_PAUSE_S = 1.0
+"""For an engine whose store is full or away: each attempt costs a forward."""
 
 
 class Controller(Protocol):
@@ -53,6 +54,10 @@ class CapturePolicy:
     request_size: int
     """Prompts that an engine gets at a time."""
     max_attempts: int
+    max_restarts: int
+    """Of an engine, without a sample in between."""
+    hang_timeout_s: float
+    """For a call: an engine that takes longer counts as dead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,32 +69,6 @@ class CaptureStats:
     waited_for_bytes_s: float
 
 
-class ByteBudget:
-    """Bytes that may be in flight, granted first come, first served."""
-
-    def __init__(self, num_bytes: int) -> None:
-        self._free = self.num_bytes = num_bytes
-        self._freed = asyncio.Condition()
-        self.waited_s = 0.0
-
-    @property
-    def in_flight(self) -> int:
-        return self.num_bytes - self._free
-
-    async def acquire(self, num_bytes: int) -> None:
-        """Wait until ``num_bytes`` are free, and take them. One caller at a time."""
-        start = time.monotonic()
-        async with self._freed:
-            await self._freed.wait_for(lambda: self._free >= num_bytes)
-            self._free -= num_bytes
-        self.waited_s += time.monotonic() - start
-
-    async def release(self, num_bytes: int) -> None:
-        async with self._freed:
-            self._free += num_bytes
-            self._freed.notify_all()
-
-
 class InferenceManager:
     """Each prompt it takes ends in one delivered result, however many attempts that needs."""
 
@@ -99,118 +78,174 @@ class InferenceManager:
         engines: Sequence[Engine],
         policy: CapturePolicy,
         reserved_bytes: Callable[[int], int],
+        note: Callable[[Recovery], None] = lambda _: None,
     ) -> None:
-        """``reserved_bytes`` gives a sample's size at most, from its number of tokens."""
-        self._controller, self._engines = controller, list(engines)
-        self._policy, self._reserved_bytes = policy, reserved_bytes
+        """Capture for ``controller`` on ``engines``.
+
+        Args:
+            controller: Where prompts come from and results go.
+            engines: They may still be starting.
+            policy: The limits.
+            reserved_bytes: A sample's size at most, from its number of tokens.
+            note: Gets every engine's recovery.
+        """
+        self._controller, self._policy, self._note = controller, policy, note
+        self._slots = [
+            EngineSlot(index, engine, policy.hang_timeout_s, policy.max_restarts)
+            for index, engine in enumerate(engines)
+        ]
+        self._reserved_bytes = reserved_bytes
         self._budget = ByteBudget(policy.max_in_flight_bytes)
-        self._alive = set(range(len(engines)))
-        self._queue: deque[tuple[CaptureRequest, int | None]] = deque()
-        """Requests, and the engine that shall not get them again."""
-        self._queued = asyncio.Condition()
-        self._held: dict[SampleKey, CaptureRequest] = {}
+        self._queue = JobQueue()
+        self._changed = asyncio.Condition()
+        """A job came, or an engine's state changed."""
+        self._held: dict[SampleKey, Job] = {}
         """Every attempt that holds bytes: queued, being captured, or captured and unread."""
-        self._recaptures: dict[tuple[int, str], asyncio.Future[CaptureResult]] = {}
-        self._num_samples = self._num_bytes = 0
+        self._recaptures: dict[SampleKey, asyncio.Future[CaptureResult]] = {}
+        """Who waits for a lost sample, by the key of its current attempt."""
+        self._num_samples = self._num_bytes = self._progress = 0
 
     async def run(self) -> None:
         """Capture until cancelled.
 
         Raises:
-            WorkerLostError: The last engine died.
+            GivenUpError: Every engine died more often than it is restarted.
         """
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._feed())
-                for index in range(len(self._engines)):
-                    for _ in range(WORKERS_PER_ENGINE):
-                        tasks.create_task(self._work(index))
+                for slot in self._slots:
+                    tasks.create_task(self._open(slot, tasks))
         except ExceptionGroup as group:  # the first cause, as itself
             raise group.exceptions[0] from group
 
     async def _feed(self) -> None:
-        batch = self._policy.request_size * len(self._engines)
+        batch = self._policy.request_size * len(self._slots)
         while requests := await self._controller.take(batch):
             for request in requests:
                 await self._budget.acquire(self._reserved_bytes(request.prompt.num_tokens))
-                self._held[request.key] = request
-                await self._enqueue([request])
-
-    async def _enqueue(self, requests: Sequence[CaptureRequest]) -> None:
-        async with self._queued:
-            self._queue.extend((request, None) for request in requests)
-            self._queued.notify_all()
-
-    async def _requeue(self, requests: Sequence[CaptureRequest], avoid: int | None) -> None:
-        """Put repeated attempts first: the oldest prompts are what a step waits for."""
-        async with self._queued:
-            self._queue.extendleft((request, avoid) for request in reversed(requests))
-            self._queued.notify_all()
+                self._held[request.key] = job = Job(request)
+                self._queue.append(job)
+                await self._notify()
 
     # One engine's work
 
-    async def _work(self, index: int) -> None:
-        engine = self._engines[index]
-        while True:
-            async with self._queued:
-                await self._queued.wait_for(lambda: index not in self._alive or self._is_due(index))
-                if index not in self._alive:
-                    return
-                requests = self._pop(index)
+    async def _open(self, slot: EngineSlot, tasks: asyncio.TaskGroup) -> None:
+        """Begin to work with an engine, which may still be starting."""
+        if await self._start(slot, None):
+            for _ in range(CALLS_PER_ENGINE):
+                tasks.create_task(self._work(slot))
+
+    async def _work(self, slot: EngineSlot) -> None:
+        while (call := await self._next_call(slot)) is not None:
             try:
-                results = await engine.capture(requests)
+                results = await slot.finish(call)
+            except StoreUnavailableError as error:
+                await self._try_again(call.jobs)
+                await self._pause(slot, str(error))
             except (WorkerLostError, EngineError) as error:
-                await self._lose(index, requests, error)
-                return
-            await self._settle(index, results)
-
-    def _is_due(self, index: int) -> bool:
-        return any(self._may_have(index, avoid) for _, avoid in self._queue)
-
-    def _may_have(self, index: int, avoid: int | None) -> bool:
-        return avoid != index or self._alive == {index}
-
-    def _pop(self, index: int) -> list[CaptureRequest]:
-        taken: list[CaptureRequest] = []
-        kept: list[tuple[CaptureRequest, int | None]] = []
-        while self._queue and len(taken) < self._policy.request_size:
-            request, avoid = self._queue.popleft()
-            if self._may_have(index, avoid):
-                taken.append(request)
+                is_first = slot.lose(call, error)
+                await self._take_back(slot, call.jobs)
+                if is_first:
+                    await self._start(slot, error)
             else:
-                kept.append((request, avoid))
-        self._queue.extendleft(reversed(kept))
-        return taken
+                await self._settle(slot, call.jobs, results)
+            await self._notify()  # a suspect may wait for its engine to be idle
 
-    async def _settle(self, index: int, results: Sequence[CaptureResult]) -> None:
+    async def _next_call(self, slot: EngineSlot) -> Call | None:
+        """Wait for work; None once the engine is given up."""
+        calls: list[Call] = []
+
+        def is_due() -> bool:
+            if slot.is_up and not slot.has_suspect:
+                others = any(not s.is_given_up for s in self._slots if s is not slot)
+                size = self._policy.request_size
+                if jobs := self._queue.pop(slot.index, size, slot.is_idle, others):
+                    calls.append(slot.begin(jobs))
+            return bool(calls) or slot.is_given_up
+
+        async with self._changed:
+            await self._changed.wait_for(is_due)
+        return calls[0] if calls else None
+
+    async def _pause(self, slot: EngineSlot, cause: str) -> None:
+        logger.warning("event=store_away engine=%d cause=%s", slot.index, cause)
+        await asyncio.sleep(STORE_PAUSE_S)
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _settle(
+        self, slot: EngineSlot, jobs: Sequence[Job], results: Sequence[CaptureResult]
+    ) -> None:
         final: list[CaptureResult] = []
-        again: list[CaptureRequest] = []
-        for result in results:
+        again: list[Job] = []
+        trouble = ""
+        for job, result in zip(jobs, results, strict=True):
             if isinstance(result, SampleRef):
                 self._num_samples += 1
                 self._num_bytes += result.num_bytes
+                slot.num_restarts = 0
+                job.avoid, job.is_suspect = None, False
                 final.append(result)
-            elif result.retryable and result.key.attempt < self._policy.max_attempts:
-                logger.warning("event=retry sample=%s reason=%s", result.key, result.reason)
-                again.append(self._next_attempt(result.key))
+            elif result.fault == "store":
+                trouble = result.reason
+                slot.garbage.append(result.key)
+                again.append(job)
             else:
-                logger.warning("event=reject sample=%s reason=%s", result.key, result.reason)
-                await self._give_back([result.key])
-                final.append(result)
-        await self._requeue(again, avoid=index)
+                job.num_failures += 1
+                job.avoid = slot.index
+                if result.fault == "prompt" or job.num_failures >= self._policy.max_attempts:
+                    final.append(await self._reject(job, result.reason))
+                else:
+                    logger.warning("event=retry sample=%s reason=%s", result.key, result.reason)
+                    again.append(job)
+        await self._try_again(again)
         await self._conclude(final)
+        if trouble:
+            await self._pause(slot, trouble)
 
-    def _next_attempt(self, key: SampleKey) -> CaptureRequest:
-        """The same prompt under a new key; the bytes stay reserved."""
-        request = CaptureRequest(key.next_attempt(), self._held.pop(key).prompt)
-        self._held[request.key] = request
-        return request
+    async def _take_back(self, slot: EngineSlot, jobs: Sequence[Job]) -> None:
+        """An engine took ``jobs`` along; others get them. One that was alone is to blame."""
+        again: list[Job] = []
+        rejected: list[CaptureResult] = []
+        slot.garbage += [job.request.key for job in jobs]
+        for job in jobs:
+            job.num_failures += job.is_suspect  # it was alone with this engine
+            job.avoid, job.is_suspect = slot.index, True
+            if job.num_failures >= self._policy.max_attempts:
+                rejected.append(await self._reject(job, "its engines died"))
+            else:
+                again.append(job)
+        await self._try_again(again)
+        await self._conclude(rejected)
+
+    async def _try_again(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self._renew(job)
+        self._queue.put_back(jobs)
+        await self._notify()
+
+    def _renew(self, job: Job) -> None:
+        """The same prompt under a new key. The bytes stay reserved; who waits for it, waits on."""
+        old = job.request.key
+        job.request = CaptureRequest(old.next_attempt(), job.request.prompt)
+        self._held[job.request.key] = self._held.pop(old)
+        if old in self._recaptures:
+            self._recaptures[job.request.key] = self._recaptures.pop(old)
+
+    async def _reject(self, job: Job, reason: str) -> CaptureFailure:
+        logger.warning("event=reject sample=%s reason=%s", job.request.key, reason)
+        await self.release([job.request.key])
+        return CaptureFailure(job.request.key, reason, "prompt")
 
     async def _conclude(self, results: Sequence[CaptureResult]) -> None:
         """Hand results on: to the rank that asked for a lost sample, or to the controller."""
+        self._progress += len(results)
         first_time: list[CaptureResult] = []
         for result in results:
-            asked = self._recaptures.pop((result.key.epoch, result.key.prompt_id), None)
+            asked = self._recaptures.pop(result.key, None)
             if asked is None:
                 first_time.append(result)
             elif not asked.done():
@@ -218,51 +253,54 @@ class InferenceManager:
         if first_time:
             await self._controller.deliver(first_time)
 
-    async def _lose(
-        self, index: int, requests: Sequence[CaptureRequest], error: WorkerLostError | EngineError
-    ) -> None:
-        """An engine died: its prompts go to others, its half-made samples are freed."""
-        self._alive.discard(index)
-        logger.error("event=engine_lost engine=%d error=%s", index, error)
-        if not self._alive:
-            raise WorkerLostError("the last engine", str(error))
-        again: list[CaptureRequest] = []
-        failed: list[CaptureResult] = []
-        for request in requests:
-            if request.key.attempt < self._policy.max_attempts:
-                again.append(self._next_attempt(request.key))
-            else:
-                await self._give_back([request.key])
-                failed.append(CaptureFailure(request.key, "its engines died", retryable=False))
-        await self._engines[min(self._alive)].discard([request.key for request in requests])
-        await self._requeue(again, avoid=index)
-        await self._conclude(failed)
+    async def _start(self, slot: EngineSlot, error: Exception | None) -> bool:
+        """Wait for an engine, which ``error`` may have taken; False if it is given up.
+
+        Raises:
+            GivenUpError: It was the last one.
+        """
+        since = time.monotonic()
+        if await slot.start(error):
+            if error is not None:
+                self._note(Recovery(slot.name, str(error), time.monotonic() - since))
+            await self._notify()
+            return True
+        others = [other for other in self._slots if not other.is_given_up]
+        if not others:
+            raise GivenUpError(f"{slot.name}, the last one", str(error))
+        others[0].garbage += slot.garbage
+        slot.garbage = []
+        return False
 
     # Towards the trainers
 
     async def release(self, keys: Sequence[SampleKey]) -> None:
         """Samples were read and freed: their bytes may be used again."""
-        await self._give_back(keys)
-
-    async def _give_back(self, keys: Sequence[SampleKey]) -> None:
-        held = [self._held.pop(key) for key in keys]
+        jobs = [self._held.pop(key) for key in keys]
+        self._progress += len(jobs)
         await self._budget.release(
-            sum(self._reserved_bytes(request.prompt.num_tokens) for request in held)
+            sum(self._reserved_bytes(job.request.prompt.num_tokens) for job in jobs)
         )
 
     async def recapture(self, ref: SampleRef) -> CaptureResult:
         """Capture a lost sample again, under a new key and the bytes it already has."""
+        job = self._held[ref.key]
+        job.num_losses += 1
+        self._progress += 1
+        if job.num_losses > MAX_LOSSES:
+            return await self._reject(job, "lost from the store too often")
         asked: asyncio.Future[CaptureResult] = asyncio.get_running_loop().create_future()
-        self._recaptures[ref.key.epoch, ref.key.prompt_id] = asked
-        request = self._next_attempt(ref.key)
-        if request.key.attempt > self._policy.max_attempts:
-            await self._give_back([request.key])
-            del self._recaptures[ref.key.epoch, ref.key.prompt_id]
-            return CaptureFailure(request.key, "lost from the store too often", retryable=False)
-        await self._requeue([request], avoid=None)
+        self._recaptures[ref.key] = asked
+        await self._try_again([job])
         return await asked
 
     # Towards the driver
 
     async def stats(self) -> CaptureStats:
         return CaptureStats(self._num_samples, self._num_bytes, self._budget.waited_s)
+
+    async def pulse(self) -> Pulse:
+        """Something moves while samples come and go, and while an engine is being started."""
+        self._progress += any(slot.is_starting for slot in self._slots)
+        budget = f"{self._budget.in_flight:,} of {self._budget.num_bytes:,} bytes are in flight"
+        return Pulse(self._progress, (*(slot.describe() for slot in self._slots), budget))

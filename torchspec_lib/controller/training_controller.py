@@ -6,6 +6,7 @@ for a finished step. ``deliver`` wakes trainers, ``report`` wakes the driver. No
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,16 +15,19 @@ from torchspec_lib.controller.batching import split_step
 from torchspec_lib.controller.ledger import EpochOrder, Ledger, State
 from torchspec_lib.errors import TooManyFailuresError, TorchSpecError
 from torchspec_lib.types import (
+    Accounts,
     CaptureFailure,
     CaptureRequest,
     CaptureResult,
     MicroBatch,
     Prompt,
+    Pulse,
     SampleKey,
     SampleRef,
     StepManifest,
     StepMetrics,
     StepReport,
+    pooled_accept_length,
 )
 
 
@@ -86,7 +90,14 @@ class TrainingController:
         self._cursors: dict[int, int] = {}
         self._reports: dict[int, list[StepReport]] = {}
         self._reported_step = resume_step
-        self._metrics: list[StepMetrics] = []
+        self._num_seen = 0
+        self._unseen: list[StepMetrics] = []
+        """By the driver."""
+        self._since_accounts: list[StepMetrics] = []
+        self._handed_out = resume_step
+        """The last step that any rank has been given."""
+        self._stop_after: int | None = None
+        self._beats: dict[int, tuple[float, str]] = {}
         self._error: TorchSpecError | None = None
         self._changed = asyncio.Condition()
 
@@ -166,14 +177,21 @@ class TrainingController:
         Raises:
             TorchSpecError: The run has failed.
         """
-        async with self._changed:
-            await self._changed.wait_for(
-                lambda: self._error or step in self._manifests or self._all_composed
-            )
-        if self._error is not None:
-            raise self._error
+        await self._wait_for(
+            lambda: step in self._manifests or self._all_composed or self._is_past_stop(step)
+        )
         manifest = self._manifests.get(step)
-        return None if manifest is None else manifest.per_rank[rank]
+        if manifest is None or self._is_past_stop(step):
+            return None
+        self._handed_out = max(self._handed_out, step)
+        return manifest.per_rank[rank]
+
+    def _is_past_stop(self, step: int) -> bool:
+        return self._stop_after is not None and step > self._stop_after
+
+    async def beat(self, rank: int, doing: str) -> None:
+        """A rank is alive, and doing that."""
+        self._beats[rank] = (time.monotonic(), doing)
 
     async def report(self, report: StepReport) -> None:
         """One rank has finished a step. When all have, the step's samples count as trained."""
@@ -189,7 +207,8 @@ class TrainingController:
                 self._reject(self._position(failure.key), failure)
         metrics = [r.metrics for r in reports if r.metrics is not None]
         self._note(metrics)
-        self._metrics += metrics
+        self._unseen += metrics
+        self._since_accounts += metrics
         self._reported_step = report.step
         await self._wake()
 
@@ -197,23 +216,37 @@ class TrainingController:
         """Where a key's prompt stands; asked once, when its fate is sealed."""
         return self._positions.pop((key.epoch, key.prompt_id))
 
-    async def ledger_state(self, step: int) -> dict[str, Any]:
-        """The accounts after ``step``, once every rank has reported it."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._error or self._reported_step >= step)
-        if self._error is not None:
-            raise self._error
-        return self._ledger.snapshot(self._cursors[step])
+    async def accounts(self, step: int) -> Accounts:
+        """The accounts after ``step``, once every rank has reported it. To be asked in order."""
+        await self._wait_for(lambda: self._reported_step >= step)
+        done = [metrics for metrics in self._since_accounts if metrics.step <= step]
+        del self._since_accounts[: len(done)]
+        snapshot = self._ledger.snapshot(self._cursors[step])
+        self._cursors = {s: cursor for s, cursor in self._cursors.items() if s >= step}
+        return Accounts(snapshot, pooled_accept_length(done))
 
     # Towards the driver
 
     async def progress(self, num_seen: int) -> list[StepMetrics]:
         """Metrics of the steps after the first ``num_seen`` finished ones, as soon as there are."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._error or len(self._metrics) > num_seen)
-        if self._error is not None:
-            raise self._error
-        return self._metrics[num_seen:]
+        del self._unseen[: num_seen - self._num_seen]
+        self._num_seen = num_seen
+        await self._wait_for(lambda: self._unseen)
+        return list(self._unseen)
+
+    async def stop(self) -> None:
+        """End the run early: no rank gets a step that no other rank has been given yet."""
+        self._stop_after = self._handed_out
+        await self._wake()
+
+    async def pulse(self) -> Pulse:
+        """Something moves while steps are finished."""
+        now = time.monotonic()
+        ranks = tuple(
+            f"trainer rank {rank}: {doing}, {now - at:.0f} s ago"
+            for rank, (at, doing) in sorted(self._beats.items())
+        )
+        return Pulse(self._reported_step, ranks)
 
     async def finish(self) -> RunTotals:
         """Settle the accounts.
@@ -228,6 +261,12 @@ class TrainingController:
             num_rejected=self._ledger.count(State.REJECTED),
             rejected=self._ledger.rejections(),
         )
+
+    async def _wait_for(self, condition: Callable[[], object]) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._error or condition())
+        if self._error is not None:
+            raise self._error
 
     async def _wake(self) -> None:
         async with self._changed:

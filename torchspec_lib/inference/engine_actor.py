@@ -3,22 +3,35 @@
 import logging
 from collections.abc import Sequence
 
+import ray
+
+from torchspec_lib.config import RunConfig
 from torchspec_lib.inference.factory import EngineSpec, build_engine
+from torchspec_lib.inference.start_fence import StartFence
 from torchspec_lib.ray.ray_actor import RayActor
 from torchspec_lib.transfer.mooncake.store import connect
 from torchspec_lib.types import CaptureRequest, CaptureResult, SampleKey
 
 logger = logging.getLogger(__name__)
 
+MAX_STORE_PATIENCE_S = 20.0
+
 
 class EngineActor(RayActor):
-    """One engine and its place in the store. Checked and ready once constructed."""
+    """One engine and its place in the store. Checked and ready once constructed.
+
+    It outlives the trainers and the manager that it captures for.
+    """
 
     def __init__(self, spec: EngineSpec) -> None:
         super().__init__("engine", spec.rank, spec.run.cluster.device)
-        self._store = connect(spec.store_address, self.node_ip, owns_memory=True)
+        patience_s = _store_patience_s(spec.run)
+        self._store = connect(spec.store_address, self.node_ip, True, patience_s, patience_s)
+        self._fence = StartFence(self._store, spec.store_address.run_id)
         self._engine = build_engine(spec, self._store, self.device)
         check = self._engine.self_check()
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            logger.warning("event=recovered part=%r", f"engine {spec.rank}")
         logger.info(
             "event=self_check tokens=%d max_relative_error=%.2e argmax_agreement=%.3f",
             check.num_tokens,
@@ -26,7 +39,14 @@ class EngineActor(RayActor):
             check.argmax_agreement,
         )
 
-    def capture(self, requests: Sequence[CaptureRequest]) -> list[CaptureResult]:
+    def capture(self, start: int, requests: Sequence[CaptureRequest]) -> list[CaptureResult]:
+        """Capture for the manager of the run's ``start``-th start of trainers.
+
+        Raises:
+            EngineError: The engine is unusable, or works for a later start already.
+            StoreUnavailableError: What an earlier start left couldn't be freed.
+        """
+        self._fence.enter(start)
         return self._engine.capture(requests)
 
     def discard(self, keys: Sequence[SampleKey]) -> None:
@@ -38,3 +58,12 @@ class EngineActor(RayActor):
         self._engine.close()
         self._store.close()
         super().exit()
+
+
+def _store_patience_s(run: RunConfig) -> float:
+    """How long to wait for a store that is full or away.
+
+    All prompts of a call together must not take so long that the engine itself passes for hung.
+    """
+    share = run.recovery.hang_timeout_s / (4 * run.inference.request_size)
+    return min(MAX_STORE_PATIENCE_S, share)

@@ -183,6 +183,8 @@ def _local_instance(plan: ClusterPlan, num_gpus: int | None) -> Iterator[None]:
                 logging_level=logging.WARNING,
                 # Ray opens its folder to everybody; the one around it is the user's alone.
                 _temp_dir=str(folder / "r"),
+                # Nobody looks at a history of calls, for which it keeps 5 KiB a sample.
+                _system_config={"task_events_report_interval_ms": 0},
             )
             yield
     finally:

@@ -1,5 +1,8 @@
 """What Ray reports of a failed call, as our own errors."""
 
+from typing import Any
+
+import ray
 from ray.exceptions import (
     ActorDiedError,
     LocalRayletDiedError,
@@ -24,6 +27,14 @@ DEATHS = (
 )
 ADVICE = " Some common causes include"
 """Where Ray's account of a death ends and its generic advice begins."""
+
+
+def get(refs: Any) -> Any:
+    """``ray.get``, with the remote side's own errors."""
+    try:
+        return ray.get(refs)
+    except RayError as error:
+        raise unwrap(error) from error
 
 
 def unwrap(error: RayError, role: str | None = None) -> Exception:

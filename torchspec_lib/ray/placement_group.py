@@ -11,7 +11,10 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+from ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
 from torchspec_lib.errors import WorkerLostError
 from torchspec_lib.plan import Bundle, ClusterPlan, Role
@@ -112,6 +115,13 @@ def create_placement_groups(plan: ClusterPlan, timeout_s: float) -> Placement:
         inference=tuple(slot for slot in slots if "inference" in slot.bundle.roles),
         groups=tuple(group for group, _ in reserved),
     )
+
+
+def driver_actor(actor_class: type, node_id: str | None = None, **options: Any) -> Any:
+    """An actor class without a bundle; on ``node_id``, or else beside the driver."""
+    node = node_id or ray.get_runtime_context().get_node_id()
+    strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+    return ray.remote(actor_class).options(num_cpus=0, scheduling_strategy=strategy, **options)
 
 
 def sort_slots(slots: Sequence[Slot]) -> list[Slot]:

@@ -54,7 +54,7 @@ class RayTrainGroup:
         remote_class = ray.remote(actor_class)
         group = cls([])
         with ExitStack() as undo:
-            undo.callback(group._kill)
+            undo.callback(group.kill)
             for spec, slot in zip(specs, slots, strict=True):
                 options = slot.options("training")
                 group._actors.append(remote_class.options(**options).remote(spec))
@@ -104,7 +104,14 @@ class RayTrainGroup:
         exits = [actor.exit.remote() for actor in self._actors]
         if exits:
             ray.wait(exits, num_returns=len(exits), timeout=EXIT_TIMEOUT_S)
-        self._kill()
+        self.kill()
+
+    def kill(self) -> None:
+        """End all ranks at once. Safe to call twice."""
+        for actor in self._actors:
+            ray.kill(actor)
+        self._actors.clear()
+        self._ranks.clear()
 
     def _call(self, method: str, *args: Any) -> list[Any]:
         refs = [getattr(actor, method).remote(*args) for actor in self._actors]
@@ -143,14 +150,8 @@ class RayTrainGroup:
         )
 
     def _fail(self, error: Exception) -> NoReturn:
-        self._kill()
+        self.kill()
         raise error
-
-    def _kill(self) -> None:
-        for actor in self._actors:
-            ray.kill(actor)
-        self._actors.clear()
-        self._ranks.clear()
 
 
 def _likely_echo(error: Exception) -> int:

@@ -69,14 +69,16 @@ class HFEngine:
     def _capture_one(self, request: CaptureRequest) -> CaptureResult:
         problem = self._problem(request.prompt)
         if problem is not None:
-            return CaptureFailure(request.key, problem, retryable=False)
+            return CaptureFailure(request.key, problem, "prompt")
         try:
             return self._store.put(request.key, self._states(request.prompt))
         except (StoreFullError, StoreUnavailableError) as error:
-            return CaptureFailure(request.key, type(error).__name__, retryable=True)
-        except RuntimeError as error:  # torch's own: out of memory, a kernel that failed
+            return CaptureFailure(request.key, str(error), "store")
+        except torch.AcceleratorError as error:  # no later kernel of this process will run
+            raise EngineError("hf", f"the device failed: {error}") from error
+        except RuntimeError as error:  # torch's own: out of memory, shapes that don't fit
             logger.warning("event=forward_failed sample=%s error=%s", request.key, error)
-            return CaptureFailure(request.key, "the target's forward failed", retryable=True)
+            return CaptureFailure(request.key, "the target's forward failed", "engine")
 
     def _problem(self, prompt: Prompt) -> str | None:
         """Why the target can't run a prompt at all, if so."""
