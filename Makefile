@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 FREE_MIB := $(shell awk '/MemAvailable/ {print int($$2 / 1024)}' /proc/meminfo)
 CONFIG ?= $(if $(shell test $(FREE_MIB) -ge 5000 && echo roomy),configs/tiny.yaml,configs/tiny_one_rank.yaml)
 
-.PHONY: demo test check fmt setup package constraints clean
+.PHONY: demo test chaos check fmt setup package constraints clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)  ## prompts -> trained, evaluated and registered draft, on this machine
@@ -15,6 +15,9 @@ demo: $(READY)  ## prompts -> trained, evaluated and registered draft, on this m
 
 test: $(READY)  ## units, contracts, integration on a local Ray, Flyte
 	$(BIN)/pytest -q
+
+chaos: $(READY)  ## the long form of the fault injection, some 25 minutes
+	$(BIN)/pytest -q -s tests/integration/test_chaos.py --faults 60
 
 check: $(READY)  ## lint, types, import rules
 	$(BIN)/ruff format --check .

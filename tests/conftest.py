@@ -7,3 +7,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--faults", type=int, default=8, help="how many, for test_chaos.py")
+    parser.addoption("--seed", type=int, default=0, help="of their moments, for test_chaos.py")

@@ -1,95 +1,16 @@
 """Whole training runs, each a process of its own: Ray, Mooncake, an engine, FSDP2 ranks."""
 
-import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 
-from torchspec_lib.config import PROJECT_ROOT, RunConfig
+from tests.run_process import Driver, config, wait_for
 from torchspec_lib.models.export import load_draft
 from torchspec_lib.run_folder import RunFolder
+from torchspec_lib.training.checkpoint_files import last_step
 
 pytestmark = [pytest.mark.ray, pytest.mark.mooncake]
-
-TINY = PROJECT_ROOT / "examples" / "tiny_target"
-
-
-def config(data_root: Path, num_prompts: int = 24, **changes) -> RunConfig:
-    values = {
-        "model": {"target": str(TINY), "dtype": "float32"},
-        "data": {
-            "train": [str(TINY / "train.jsonl")],
-            "heldout": [str(TINY / "heldout.jsonl")],
-            "max_length": 512,
-            "max_prompts": num_prompts,
-        },
-        "draft": {"vocab_size": 256, "ttt_steps": 3},
-        "training": {
-            "training_num_gpus_per_node": 2,
-            "global_batch_size": 5,
-            "learning_rate": 5e-3,
-            "compute_dtype": "float32",
-        },
-        "cluster": {"device": "cpu"},
-        "data_root": str(data_root),
-    }
-    return RunConfig.model_validate(values | changes)
-
-
-class Driver:
-    """A run in a process, and everything that it started."""
-
-    def __init__(self, run: RunConfig, tmp_path: Path) -> None:
-        file = tmp_path / "run.json"
-        file.write_text(run.model_dump_json())
-        self.temp = tmp_path / "t"
-        self.temp.mkdir(exist_ok=True)
-        env = os.environ | {"TMPDIR": str(self.temp), "RAY_ADDRESS": "local"}
-        self._shm_before = shared_memory()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.drive", str(file)],
-            cwd=PROJECT_ROOT,
-            env=env,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def finish(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=240)
-        return self.process.returncode, out, err
-
-    def summary(self) -> dict:
-        code, out, err = self.finish()
-        assert code == 0, err[-3000:]
-        return json.loads(out.splitlines()[-1])
-
-    def leftovers(self) -> list[str]:
-        """Processes, shared memory and temporary folders that the run should have taken along."""
-        found = [
-            " ".join(process.info["cmdline"])[:120]
-            for process in psutil.process_iter(["cmdline", "environ"])
-            if (process.info["environ"] or {}).get("TMPDIR") == str(self.temp)
-        ]
-        found += sorted(shared_memory() - self._shm_before)
-        return found + [str(path) for path in self.temp.iterdir() if path.name.startswith("ts-")]
-
-
-def shared_memory() -> set[str]:
-    return {str(path) for path in Path("/dev/shm").iterdir()}
-
-
-def wait_for(condition, what: str, timeout_s: float = 120) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, f"no {what} after {timeout_s} s"
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -158,15 +79,17 @@ def test_colocated_engines_and_trainers_share_their_bundles(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_nothing_behind(tmp_path, number):
+def test_an_interrupted_run_saves_all_its_steps_and_leaves_nothing_behind(tmp_path, number):
     run = config(tmp_path / "data", num_prompts=600)
     driver = Driver(run, tmp_path)
-    metrics = tmp_path / "data" / "runs"
-    wait_for(lambda: list(metrics.glob("*/metrics.jsonl")), "first step")
+    folders = tmp_path / "data" / "runs"
+    wait_for(lambda: list(folders.glob("*/metrics.jsonl")), "first step")
     driver.process.send_signal(number)
     code, _, _ = driver.finish()
     assert code != 0
-    wait_for(lambda: not driver.leftovers(), f"end of {driver.leftovers()}", timeout_s=20)
+    driver.wait_until_gone(20)
+    [folder] = [RunFolder(path) for path in folders.glob("*/")]
+    assert last_step(folder.checkpoints) == len(folder.read_metrics()) < 120
 
 
 def test_a_killed_run_resumes_from_its_checkpoint_and_the_accounts_add_up(tmp_path):
@@ -182,7 +105,7 @@ def test_a_killed_run_resumes_from_its_checkpoint_and_the_accounts_add_up(tmp_pa
     wait_for(lambda: list(runs.glob("*/checkpoints/step_000005")), "checkpoint")
     driver.process.kill()
     driver.finish()
-    wait_for(lambda: not [p for p in driver.leftovers() if "ts-" not in p], "end of the actors", 60)
+    wait_for(lambda: not driver.processes(), "end of the actors", 60)
     resumed = Driver(run, tmp_path)
     summary = resumed.summary()
     assert resumed.leftovers() == [], "not even of the killed run"
