@@ -95,11 +95,15 @@ class Driver:
         deadline = time.monotonic() + timeout_s
         while self.leftovers() and time.monotonic() < deadline:
             time.sleep(0.2)
-        assert self.leftovers() == []
+        left = self.leftovers()
+        assert not left, f"left behind: {left}"
 
 
 def shared_memory() -> set[str]:
-    return {str(path) for path in Path("/dev/shm").iterdir()}
+    """Files there, but for the semaphores of other programs."""
+    return {
+        str(path) for path in Path("/dev/shm").iterdir() if not path.name.startswith("sem.loky-")
+    }
 
 
 def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 120) -> Any:

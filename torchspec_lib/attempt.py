@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from torchspec_lib.config import RunConfig
 from torchspec_lib.controller.actors import AsyncInferenceManager, AsyncTrainingController
-from torchspec_lib.controller.inference_manager import CapturePolicy, CaptureStats
+from torchspec_lib.controller.inference_manager import CaptureStats
+from torchspec_lib.controller.limits import CapturePolicy
 from torchspec_lib.controller.training_controller import RunTotals, Schedule
 from torchspec_lib.errors import GivenUpError, TorchSpecError
 from torchspec_lib.plan import ClusterPlan
@@ -68,36 +69,15 @@ class Attempt:
         self,
         stack: ExitStack,
         inputs: RunInputs,
-        standing: Standing,
         trainers: RayTrainGroup,
-        number: int,
-        resume_from: Path | None,
+        controller: Any,
+        manager: Any,
+        resume_step: int,
     ) -> None:
-        """Start the control plane; ``stack`` ends what is up already, and from now on this too."""
-        run = inputs.run
-        self._stack, self._inputs, self._standing = stack, inputs, standing
-        self._trainers = trainers
-        self.resume_step, ledger = checkpoint_files.position(resume_from)
-        inputs.folder.keep_metrics_until(self.resume_step)
-        self._controller = driver_actor(AsyncTrainingController).remote(
-            str(inputs.dataset_dir),
-            inputs.folder,
-            _schedule(inputs, number),
-            self.resume_step,
-            ledger,
-        )
-        stack.callback(ray.kill, self._controller)
-        policy = CapturePolicy(
-            max_in_flight_bytes=inputs.plan.max_in_flight_bytes,
-            request_size=run.inference.request_size,
-            max_attempts=run.inference.max_attempts,
-            max_restarts=run.recovery.max_restarts,
-            hang_timeout_s=run.recovery.hang_timeout_s,
-        )
-        self._manager = driver_actor(AsyncInferenceManager).remote(
-            self._controller, standing.engines, number, policy, inputs.plan, inputs.folder
-        )
-        stack.callback(ray.kill, self._manager)
+        """Take over what is up; ``stack`` ends it."""
+        self._stack, self._inputs = stack, inputs
+        self._trainers, self._controller, self._manager = trainers, controller, manager
+        self.resume_step = resume_step
         self._running: list[Any] = []
 
     @classmethod
@@ -119,9 +99,17 @@ class Attempt:
             specs = _trainer_specs(inputs, standing, resume_from)
             trainers = RayTrainGroup.start(TrainerActor, specs, standing.training_slots)
             stack.callback(trainers.kill)
-            attempt = cls(stack, inputs, standing, trainers, number, resume_from)
-            attempt._stack = stack.pop_all()
-        return attempt
+            step, ledger = checkpoint_files.position(resume_from)
+            inputs.folder.keep_metrics_until(step)
+            controller = driver_actor(AsyncTrainingController).remote(
+                str(inputs.dataset_dir), inputs.folder, _schedule(inputs, number), step, ledger
+            )
+            stack.callback(ray.kill, controller)
+            manager = driver_actor(AsyncInferenceManager).remote(
+                controller, standing.engines, number, _policy(inputs), inputs.plan, inputs.folder
+            )
+            stack.callback(ray.kill, manager)
+            return cls(stack.pop_all(), inputs, trainers, controller, manager, step)
 
     def follow(self, on_steps: Callable[[], None], store_watches: Sequence[Any]) -> None:
         """Show finished steps until every rank is done; raise what ends the attempt early.
@@ -225,6 +213,17 @@ def _schedule(inputs: RunInputs, number: int) -> Schedule:
         world_size=run.training.world_size,
         micro_batch_tokens=run.training.micro_batch_tokens,
         max_failed_fraction=run.inference.max_failed_fraction,
+    )
+
+
+def _policy(inputs: RunInputs) -> CapturePolicy:
+    run = inputs.run
+    return CapturePolicy(
+        max_in_flight_bytes=inputs.plan.max_in_flight_bytes,
+        request_size=run.inference.request_size,
+        max_attempts=run.inference.max_attempts,
+        max_restarts=run.recovery.max_restarts,
+        hang_timeout_s=run.recovery.hang_timeout_s,
     )
 
 

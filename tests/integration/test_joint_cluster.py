@@ -92,9 +92,9 @@ def test_an_interrupted_run_saves_all_its_steps_and_leaves_nothing_behind(tmp_pa
     assert last_step(folder.checkpoints) == len(folder.read_metrics()) < 120
 
 
-def test_a_killed_run_resumes_from_its_checkpoint_and_the_accounts_add_up(tmp_path):
+def test_a_killed_run_goes_on_from_its_checkpoint_on_another_number_of_ranks(tmp_path):
     training = {
-        "training_num_gpus_per_node": 1,
+        "training_num_gpus_per_node": 2,
         "global_batch_size": 4,
         "compute_dtype": "float32",
         "checkpoint_interval": 5,
@@ -106,7 +106,8 @@ def test_a_killed_run_resumes_from_its_checkpoint_and_the_accounts_add_up(tmp_pa
     driver.process.kill()
     driver.finish()
     wait_for(lambda: not driver.processes(), "end of the actors", 60)
-    resumed = Driver(run, tmp_path)
+    on_one_rank = training | {"training_num_gpus_per_node": 1}
+    resumed = Driver(config(tmp_path / "data", num_prompts=120, training=on_one_rank), tmp_path)
     summary = resumed.summary()
     assert resumed.leftovers() == [], "not even of the killed run"
     assert summary["resumed_from_step"] >= 5

@@ -10,7 +10,8 @@ import pytest
 from tests.fakes import BYTES_PER_TOKEN, FakeEngine, failing, make_prompts, sample
 from torchspec_lib.controller import inference_manager
 from torchspec_lib.controller.batching import split_step
-from torchspec_lib.controller.inference_manager import CapturePolicy, InferenceManager
+from torchspec_lib.controller.inference_manager import InferenceManager
+from torchspec_lib.controller.limits import CapturePolicy
 from torchspec_lib.controller.training_controller import Schedule, TrainingController
 from torchspec_lib.errors import GivenUpError, TooManyFailuresError
 from torchspec_lib.types import (
@@ -244,6 +245,24 @@ def test_a_store_that_is_full_for_a_while_costs_no_prompt(monkeypatch):
     totals, _, _, manager, _ = run(num_prompts=10, engines=[engine])
     assert (totals.num_trained, totals.num_rejected) == (10, 0)
     assert manager._budget.in_flight == 0
+
+
+def test_an_engine_that_finds_no_way_into_the_store_is_started_again(monkeypatch):
+    monkeypatch.setattr(inference_manager, "STORE_PAUSE_S", 0.05)
+
+    class Detached(FakeEngine):
+        """Frozen while the store's client process was started again."""
+
+        async def capture(self, requests):
+            results = await super().capture(requests)
+            if any(self.starts):
+                return results
+            return [CaptureFailure(result.key, "no answer", "store") for result in results]
+
+    engine = Detached()
+    totals, *_ = run(num_prompts=10, engines=[engine], hang_timeout_s=0.3)
+    assert totals.num_trained == 10
+    assert engine.starts == [False, True]
 
 
 def test_every_recovery_is_noted_with_its_engine_and_its_cause():

@@ -138,23 +138,31 @@ def test_a_lost_sample_is_captured_again_and_keeps_its_place(store):
 class FlakyStore(MemoryStore):
     """Doesn't answer the first reader."""
 
-    answers = False
+    def __init__(self, num_refusals, **kwargs):
+        super().__init__(**kwargs)
+        self.num_refusals = num_refusals
 
     def get(self, ref, device):
-        if not self.answers:
-            self.answers = True
+        if self.num_refusals:
+            self.num_refusals -= 1
             raise StoreUnavailableError("get", "it is away")
         return super().get(ref, device)
 
 
-def test_a_sample_that_the_store_does_not_hand_out_is_captured_again_and_freed():
-    store = FlakyStore(capacity_bytes=1 << 20)
-    ref = _put(store, "a")
-    control = Control(store, {1: ((ref,),)})
+def test_a_store_that_is_away_for_a_while_is_waited_for():
+    store = FlakyStore(num_refusals=2, capacity_bytes=1 << 20)
+    control = Control(store, {1: ((_put(store, "a"),),)})
     with _prefetcher(control, store) as prefetcher:
         [step] = list(prefetcher)
-    assert [key.attempt for key in step.trained] == [2]
+    assert [key.attempt for key in step.trained] == [1]
     assert store.held_bytes == 0
+
+
+def test_a_rank_that_does_not_reach_the_store_ends_instead_of_losing_samples():
+    store = FlakyStore(num_refusals=100, capacity_bytes=1 << 20)
+    control = Control(store, {1: ((_put(store, "a"),),)})
+    with _prefetcher(control, store) as prefetcher, pytest.raises(StoreUnavailableError):
+        list(prefetcher)
 
 
 class StuckStore(MemoryStore):

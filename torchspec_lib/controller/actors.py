@@ -10,7 +10,8 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayError
 
 from torchspec_lib import logs
-from torchspec_lib.controller.inference_manager import CapturePolicy, InferenceManager
+from torchspec_lib.controller.inference_manager import InferenceManager
+from torchspec_lib.controller.limits import CapturePolicy
 from torchspec_lib.controller.training_controller import Schedule, TrainingController
 from torchspec_lib.data.dataset import load_prompts
 from torchspec_lib.errors import HungError

@@ -9,7 +9,7 @@ from typing import Protocol
 
 from torchspec_lib.controller.job_queue import Job
 from torchspec_lib.errors import EngineError, HungError, WorkerLostError
-from torchspec_lib.types import CaptureRequest, CaptureResult, SampleKey
+from torchspec_lib.types import CaptureFailure, CaptureRequest, CaptureResult, SampleKey
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,8 @@ class EngineSlot:
         self._calls: list[Call] = []
         self._answered = 0.0
         """When a call last came back: the next one's turn has only then come."""
+        self._stored = 0.0
+        """When nothing kept it from storing samples."""
         self.garbage: list[SampleKey] = []
         """Keys of given-up attempts. Their samples may come yet, so the engine that was to make
         them removes them: whatever it still did is done by then."""
@@ -110,9 +112,18 @@ class EngineSlot:
         finally:
             working.cancel()
             self._calls.remove(call)
-        results = working.result()
         self._answered = time.monotonic()
+        results = working.result()
+        if not all(_is_stores_fault(result) for result in results):
+            self._stored = self._answered
         return results
+
+    def stuck(self) -> HungError | None:
+        """What is wrong with an engine that finds no way into the store, while others may."""
+        kept_s = self._answered - self._stored
+        if not self.is_up or kept_s <= self._hang_timeout_s:
+            return None
+        return HungError(self.name, f"it could store nothing for {kept_s:.0f} s")
 
     async def _capture(self, call: Call) -> list[CaptureResult]:
         if garbage := set(self.garbage):
@@ -140,6 +151,7 @@ class EngineSlot:
                 error = failure
             else:
                 self.is_up = True
+                self._answered = self._stored = time.monotonic()
                 return True
         self.is_given_up = True
         return False
@@ -154,3 +166,7 @@ class EngineSlot:
         if self.is_up:
             return f"{name} waits for prompts"
         return f"{name} is given up" if self.is_given_up else f"{name} is being started again"
+
+
+def _is_stores_fault(result: CaptureResult) -> bool:
+    return isinstance(result, CaptureFailure) and result.fault == "store"

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torchspec_lib.controller.byte_budget import ByteBudget
 from torchspec_lib.controller.engine_slot import Call, Engine, EngineSlot
 from torchspec_lib.controller.job_queue import Job, JobQueue
+from torchspec_lib.controller.limits import ByteBudget, CapturePolicy
 from torchspec_lib.errors import EngineError, GivenUpError, StoreUnavailableError, WorkerLostError
 from torchspec_lib.types import (
     CaptureFailure,
@@ -44,20 +44,6 @@ class Controller(Protocol):
     async def take(self, max_prompts: int) -> list[CaptureRequest]: ...
 
     async def deliver(self, results: Sequence[CaptureResult]) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class CapturePolicy:
-    """Limits of capturing."""
-
-    max_in_flight_bytes: int
-    request_size: int
-    """Prompts that an engine gets at a time."""
-    max_attempts: int
-    max_restarts: int
-    """Of an engine, without a sample in between."""
-    hang_timeout_s: float
-    """For a call: an engine that takes longer counts as dead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +130,21 @@ class InferenceManager:
                 await self._try_again(call.jobs)
                 await self._pause(slot, str(error))
             except (WorkerLostError, EngineError) as error:
-                is_first = slot.lose(call, error)
-                await self._take_back(slot, call.jobs)
-                if is_first:
-                    await self._start(slot, error)
+                await self._lose(slot, call, call.jobs, error)
             else:
                 await self._settle(slot, call.jobs, results)
+            if (stuck := slot.stuck()) is not None:
+                await self._lose(slot, call, [], stuck)
             await self._notify()  # a suspect may wait for its engine to be idle
+
+    async def _lose(
+        self, slot: EngineSlot, call: Call, jobs: Sequence[Job], error: Exception
+    ) -> None:
+        """An engine didn't survive ``call`` and took ``jobs`` along: start it again."""
+        is_first = slot.lose(call, error)
+        await self._take_back(slot, jobs)
+        if is_first:
+            await self._start(slot, error)
 
     async def _next_call(self, slot: EngineSlot) -> Call | None:
         """Wait for work; None once the engine is given up."""

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
 _JOIN_TIMEOUT_S = 5.0
+_GET_ATTEMPTS = 3
+"""For a store that doesn't answer; each waits as long as its programs take to come back."""
 
 Sample = dict[str, torch.Tensor]
 
@@ -162,8 +164,8 @@ class Prefetcher:
         current: CaptureResult = ref
         while isinstance(current, SampleRef):
             try:
-                sample = self._store.get(current, _CPU)
-            except (SampleLostError, StoreUnavailableError) as error:
+                sample = self._get(current)
+            except SampleLostError as error:
                 logger.warning("event=lost sample=%s error=%s", current.key, error)
                 fetched.lost.append(current.key)
                 self.doing = f"capturing sample {current.key} again"
@@ -173,6 +175,20 @@ class Prefetcher:
                 return sample
         fetched.rejected.append(current)
         return None
+
+    def _get(self, ref: SampleRef) -> Sample:
+        """Copy a sample out, also if the store doesn't answer for a while.
+
+        Raises:
+            SampleLostError: It isn't there any more.
+            StoreUnavailableError: The store stays away, for this rank at least.
+        """
+        for _ in range(_GET_ATTEMPTS - 1):
+            try:
+                return self._store.get(ref, _CPU)
+            except StoreUnavailableError as error:
+                logger.warning("event=store_away sample=%s error=%s", ref.key, error)
+        return self._store.get(ref, _CPU)
 
     def _pack(self, samples: Sequence[Sample]) -> PackedBatch:
         batch = pack(samples) if samples else self._empty

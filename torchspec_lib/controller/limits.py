@@ -1,7 +1,22 @@
-"""Flow control in bytes: how much may be captured and not yet fetched."""
+"""Limits of capturing: flow control in bytes, and how often what fails is tried again."""
 
 import asyncio
 import time
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class CapturePolicy:
+    """Limits of capturing."""
+
+    max_in_flight_bytes: int
+    request_size: int
+    """Prompts that an engine gets at a time."""
+    max_attempts: int
+    max_restarts: int
+    """Of an engine, without a sample in between."""
+    hang_timeout_s: float
+    """For a call: an engine that takes longer counts as dead."""
 
 
 class ByteBudget:
