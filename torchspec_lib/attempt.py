@@ -78,6 +78,7 @@ class Attempt:
         self._stack, self._inputs = stack, inputs
         self._trainers, self._controller, self._manager = trainers, controller, manager
         self.resume_step = resume_step
+        self._timeout_s = inputs.run.recovery.hang_timeout_s
         self._running: list[Any] = []
 
     @classmethod
@@ -125,7 +126,7 @@ class Attempt:
         self._running = self._trainers.run(self._controller, self._manager)
         capturing = self._manager.run.remote()
         parts = {"the controller": self._controller, "the manager": self._manager}
-        watchdog = Watchdog(parts, self._inputs.run.recovery.hang_timeout_s)
+        watchdog = Watchdog(parts, self._timeout_s)
         num_seen, news = 0, self._controller.progress.remote(0)
         with _progress_bar(self._inputs.plan.num_steps, self.resume_step) as bar:
             while self._running or num_seen < self._num_steps_taken():
@@ -153,15 +154,16 @@ class Attempt:
         Raises:
             LedgerError: A prompt is neither trained nor rejected.
         """
-        totals: RunTotals = get(self._controller.finish.remote())
+        call = self._controller.finish.remote()
+        totals: RunTotals = get(call, self._timeout_s, "the controller")
         return totals
 
     def stats(self) -> CaptureStats:
-        stats: CaptureStats = get(self._manager.stats.remote())
+        stats: CaptureStats = get(self._manager.stats.remote(), self._timeout_s, "the manager")
         return stats
 
     def export(self, folder: Path) -> None:
-        self._trainers.export(str(folder))
+        self._trainers.export(str(folder), self._timeout_s)
 
     def save_and_stop(self, grace_s: float) -> None:
         """Let the ranks save what they have trained, if they can in ``grace_s``."""

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from itertools import chain
 
 from tqdm import tqdm
 
@@ -76,9 +77,8 @@ class TrainingRun:
         attempt.export(folder.draft)
         validate_draft(folder.draft, self._inputs.target)
         attempt.shutdown()
-        for found in get([actor.recoveries.remote() for actor in self._standing.store_actors]):
-            for recovery in found:
-                folder.append_recovery(recovery)
+        for recovery in self._store_recoveries():
+            folder.append_recovery(recovery)
         wall_s = time.monotonic() - start
         summary = self._summary(folder.read_metrics(), totals, stats, wall_s)
         folder.finish(summary)
@@ -109,6 +109,11 @@ class TrainingRun:
             seconds = time.monotonic() - at
             self._inputs.folder.append_recovery(Recovery(part, str(error), seconds))
             self._lost = None
+
+    def _store_recoveries(self) -> list[Recovery]:
+        calls = [actor.recoveries.remote() for actor in self._standing.store_actors]
+        found = get(calls, self._inputs.run.recovery.hang_timeout_s, "the store's actors")
+        return list(chain.from_iterable(found))
 
     def _save_and_stop(self) -> None:
         grace_s = self._inputs.run.recovery.grace_s

@@ -68,11 +68,11 @@ class Cluster:
 
     @property
     def master_pid(self) -> int:
-        return self.master._master.process.pid
+        return self.master._process.pid
 
     @property
     def client_pid(self) -> int:
-        return self.client._client.process.pid
+        return self.client._process.pid
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_used_up_restarts_end_the_watch_of_a_ray_actor_that_answers_meanwhile():
         watch = actor.watch.remote()
         assert ray.get(actor.endpoint.remote(), timeout=60).rpc.startswith(HOST)
         assert ray.wait([watch], timeout=0.5)[0] == []
-        pid = ray.get(actor.__ray_call__.remote(lambda self: self._master.process.pid))
+        pid = ray.get(actor.__ray_call__.remote(lambda self: self._process.pid))
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(
             StoreUnavailableError, match=rf"(?s)mooncake_master on {HOST}: .*SIGKILL.*log ends"

@@ -14,7 +14,7 @@ from torchspec_lib.controller.inference_manager import InferenceManager
 from torchspec_lib.controller.limits import CapturePolicy
 from torchspec_lib.controller.training_controller import Schedule, TrainingController
 from torchspec_lib.data.dataset import load_prompts
-from torchspec_lib.errors import HungError
+from torchspec_lib.errors import HungError, WorkerLostError
 from torchspec_lib.plan import ClusterPlan
 from torchspec_lib.ray.failures import unwrap
 from torchspec_lib.run_folder import RunFolder
@@ -57,7 +57,7 @@ class AsyncInferenceManager(InferenceManager):
         """``start`` counts how often the run's trainers were started."""
         logs.setup("manager", level=logging.WARNING)
         self._in_use = folder.use()
-        clients = [_EngineClient(engine, start) for engine in engines]
+        clients = [_EngineClient(f"engine {i}", each, start) for i, each in enumerate(engines)]
         super().__init__(
             _ControllerClient(controller),
             clients,
@@ -84,17 +84,17 @@ class _ControllerClient:
 class _EngineClient:
     """An engine's handle as the protocol that the manager asks for."""
 
-    def __init__(self, handle: Any, start: int) -> None:
-        self._handle, self._start = handle, start
+    def __init__(self, name: str, handle: Any, start: int) -> None:
+        self._name, self._handle, self._start = name, handle, start
 
     async def capture(self, requests: Sequence[CaptureRequest]) -> list[CaptureResult]:
-        results: list[CaptureResult] = await _answer(
+        results: list[CaptureResult] = await self._answer(
             self._handle.capture.remote(self._start, requests)
         )
         return results
 
     async def discard(self, keys: Sequence[SampleKey]) -> None:
-        await _answer(self._handle.discard.remote(keys))
+        await self._answer(self._handle.discard.remote(keys))
 
     async def start(self, kill: bool) -> None:
         if kill:
@@ -104,21 +104,20 @@ class _EngineClient:
                 while not await self._is_up():
                     await asyncio.sleep(PAUSE_S)
         except TimeoutError:
-            raise HungError("an engine", f"not up after {START_TIMEOUT_S:.0f} s") from None
+            raise HungError(self._name, f"not up after {START_TIMEOUT_S:.0f} s") from None
 
     async def _is_up(self) -> bool:
         """Waits for an actor that is starting; one that is just ending is as good as not there."""
         try:
-            await self._handle.ping.remote()
-        except ActorUnavailableError:
-            return False
-        except RayError as error:
-            raise unwrap(error) from error
+            await self._answer(self._handle.ping.remote())
+        except WorkerLostError as error:
+            if isinstance(error.__cause__, ActorUnavailableError):
+                return False
+            raise
         return True
 
-
-async def _answer(call: Any) -> Any:
-    try:
-        return await call
-    except RayError as error:
-        raise unwrap(error) from error
+    async def _answer(self, call: Any) -> Any:
+        try:
+            return await call
+        except RayError as error:
+            raise unwrap(error, self._name) from error

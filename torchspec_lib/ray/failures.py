@@ -5,6 +5,7 @@ from typing import Any
 import ray
 from ray.exceptions import (
     ActorDiedError,
+    GetTimeoutError,
     LocalRayletDiedError,
     NodeDiedError,
     ObjectLostError,
@@ -15,7 +16,7 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from torchspec_lib.errors import WorkerLostError
+from torchspec_lib.errors import HungError, WorkerLostError
 
 DEATHS = (
     RayActorError,
@@ -29,12 +30,18 @@ ADVICE = " Some common causes include"
 """Where Ray's account of a death ends and its generic advice begins."""
 
 
-def get(refs: Any) -> Any:
-    """``ray.get``, with the remote side's own errors."""
+def get(refs: Any, timeout_s: float | None = None, role: str | None = None) -> Any:
+    """``ray.get``, with the remote side's own errors.
+
+    Raises:
+        HungError: There was no answer for ``timeout_s``; ``role`` says from whom.
+    """
     try:
-        return ray.get(refs)
+        return ray.get(refs, timeout=timeout_s)
+    except GetTimeoutError as error:
+        raise HungError(role or "an actor", f"no answer for {timeout_s:.0f} s") from error
     except RayError as error:
-        raise unwrap(error) from error
+        raise unwrap(error, role) from error
 
 
 def unwrap(error: RayError, role: str | None = None) -> Exception:

@@ -9,18 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
     PlacementGroupSchedulingStrategy,
 )
 
-from torchspec_lib.errors import WorkerLostError
 from torchspec_lib.plan import Bundle, ClusterPlan, Role
 from torchspec_lib.ray.capacity import placement_error
 from torchspec_lib.ray.cluster import _wait_for_gpu_resources, living_nodes
-from torchspec_lib.ray.failures import unwrap
+from torchspec_lib.ray.failures import get
 
 MIN_RESERVE_S = 5.0
 """For reserving what was seen to be there, however long its arrival was waited for."""
@@ -169,11 +167,5 @@ def _probe(reserved: Sequence[tuple[PlacementGroup, tuple[Bundle, ...]]]) -> lis
             actor = info_actor.options(**options).remote()
             stack.callback(ray.kill, actor)
             answers.append(actor.where.remote())
-        try:
-            found = ray.get(answers, timeout=PROBE_TIMEOUT_S)
-        except GetTimeoutError as error:
-            cause = f"no answer after {PROBE_TIMEOUT_S:.0f} s"
-            raise WorkerLostError("a placement probe", cause) from error
-        except RayError as error:
-            raise unwrap(error, "a placement probe") from error
+        found = get(answers, PROBE_TIMEOUT_S, "a placement probe")
     return [Slot(*place, *where) for place, where in zip(places, found, strict=True)]

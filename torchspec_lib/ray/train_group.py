@@ -8,7 +8,7 @@ from typing import Any, NoReturn, Self
 import ray
 from ray.exceptions import RayError
 
-from torchspec_lib.errors import TorchSpecError, WorkerLostError
+from torchspec_lib.errors import HungError, TorchSpecError
 from torchspec_lib.ray.failures import unwrap
 from torchspec_lib.ray.placement_group import Slot
 from torchspec_lib.ray.ray_actor import RayActor
@@ -48,7 +48,7 @@ class RayTrainGroup:
             timeout_s: For the constructors, and again for the ranks to meet.
 
         Raises:
-            WorkerLostError: A rank died, or wasn't ready in time.
+            WorkerLostError: A rank died, or wasn't ready in time (``HungError``).
             Exception: What a rank's own constructor or method raised.
         """
         remote_class = ray.remote(actor_class)
@@ -70,9 +70,9 @@ class RayTrainGroup:
         """Start ``run(*args)`` on every rank; hand the references to ``wait``."""
         return self._call("run", *args)
 
-    def export(self, path: str) -> None:
+    def export(self, path: str, timeout_s: float | None = None) -> None:
         """Have the ranks write the draft together; raises as ``wait`` does."""
-        self.wait(self._call("export", path))
+        self.wait(self._call("export", path), timeout_s)
 
     def wait(self, refs: Sequence[Any], timeout_s: float | None = None) -> list[Any]:
         """Wait for calls of this group, all or some of those that are out.
@@ -83,7 +83,7 @@ class RayTrainGroup:
             The calls' results, in order.
 
         Raises:
-            WorkerLostError: A rank died, or ``timeout_s`` went by.
+            WorkerLostError: A rank died, or ``timeout_s`` went by (``HungError``).
             Exception: What a rank raised; the first cause, not its echo in the peers.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -144,10 +144,8 @@ class RayTrainGroup:
                 failures.append(error)
         return min(failures, key=_likely_echo)
 
-    def _lost_in_silence(self, ref: Any, timeout_s: float | None) -> WorkerLostError:
-        return WorkerLostError(
-            f"trainer rank {self._ranks[ref]}", f"no answer after {timeout_s:.0f} s"
-        )
+    def _lost_in_silence(self, ref: Any, timeout_s: float | None) -> HungError:
+        return HungError(f"trainer rank {self._ranks[ref]}", f"no answer for {timeout_s:.0f} s")
 
     def _fail(self, error: Exception) -> NoReturn:
         self.kill()

@@ -10,6 +10,7 @@ The actors are asynchronous for ``watch``: it waits as long as the run, beside o
 import asyncio
 
 from torchspec_lib.config import TransferConfig
+from torchspec_lib.transfer.mooncake.managed_process import ManagedProcess
 from torchspec_lib.transfer.mooncake.processes import (
     MasterEndpoint,
     responds,
@@ -28,27 +29,11 @@ every second put fails until the master has struck off the dead one's memory, 10
 death: a shorter pause would buy failures."""
 
 
-class MooncakeMaster:
-    """The run's master. Answers once constructed."""
+class _Program:
+    """What both have in common: a program, and a watch over it."""
 
-    def __init__(self, node_ip: str, max_restarts: int, hang_timeout_s: float) -> None:
-        """Start it on ``node_ip``.
-
-        ``max_restarts`` in a row, without a minute of being up in between; it is killed if it
-        doesn't answer for ``hang_timeout_s``.
-        """
-        self._master = start_master(node_ip)
-        rpc = self._master.endpoint.rpc
-        self._watch = Watch(
-            self._master.process,
-            part=f"mooncake_master on {node_ip}",
-            is_up=self._master.is_up,
-            is_silent=lambda: not responds(rpc),
-            patience=Patience(max_restarts, hang_timeout_s, _MASTER_PAUSE_S),
-        )
-
-    def endpoint(self) -> MasterEndpoint:
-        return self._master.endpoint
+    _process: ManagedProcess
+    _watch: Watch
 
     def recoveries(self) -> list[Recovery]:
         """Every time that the program was lost and came back, oldest first."""
@@ -63,10 +48,33 @@ class MooncakeMaster:
         await asyncio.shield(asyncio.wrap_future(self._watch.ended))
 
     def stop(self) -> None:
-        self._master.process.stop()
+        self._process.stop()
 
 
-class MooncakeClient:
+class MooncakeMaster(_Program):
+    """The run's master. Answers once constructed."""
+
+    def __init__(self, node_ip: str, max_restarts: int, hang_timeout_s: float) -> None:
+        """Start it on ``node_ip``.
+
+        ``max_restarts`` in a row, without a minute of being up in between; it is killed if it
+        doesn't answer for ``hang_timeout_s``.
+        """
+        master = start_master(node_ip)
+        self._process, self._endpoint = master.process, master.endpoint
+        self._watch = Watch(
+            master.process,
+            part=f"mooncake_master on {node_ip}",
+            is_up=master.is_up,
+            is_silent=lambda: not responds(master.endpoint.rpc),
+            patience=Patience(max_restarts, hang_timeout_s, _MASTER_PAUSE_S),
+        )
+
+    def endpoint(self) -> MasterEndpoint:
+        return self._endpoint
+
+
+class MooncakeClient(_Program):
     """One node's share of the store's memory, for the actors on it to attach to."""
 
     def __init__(
@@ -83,33 +91,18 @@ class MooncakeClient:
         ``max_restarts`` and ``hang_timeout_s`` are as the master's. It isn't taken to hang
         while the master doesn't answer, for which its threads may all be waiting.
         """
-        self._client = start_client(
+        client = start_client(
             node_ip, master, segment_bytes, transfer.protocol, transfer.device_name
         )
-        address = self._client.address
+        self._process, self._address = client.process, client.address
         self._watch = Watch(
-            self._client.process,
+            client.process,
             part=f"mooncake_client on {node_ip}",
-            is_up=self._client.is_up,
-            is_silent=lambda: not responds(address) and responds(master),
+            is_up=client.is_up,
+            is_silent=lambda: not responds(client.address) and responds(master),
             patience=Patience(max_restarts, hang_timeout_s, _CLIENT_PAUSE_S),
         )
 
     def address(self) -> str:
         """``ip:port``."""
-        return self._client.address
-
-    def recoveries(self) -> list[Recovery]:
-        """Every time that the program was lost and came back, oldest first."""
-        return self._watch.recoveries()
-
-    async def watch(self) -> None:
-        """Returns when it is stopped.
-
-        Raises:
-            StoreUnavailableError: Restarts are no use any more.
-        """
-        await asyncio.shield(asyncio.wrap_future(self._watch.ended))
-
-    def stop(self) -> None:
-        self._client.process.stop()
+        return self._address
