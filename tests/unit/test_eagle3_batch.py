@@ -1,6 +1,7 @@
 """Packing, and the target's frozen ends as they are read from its files."""
 
 import json
+from itertools import pairwise
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tests.unit.eagle3_reference import (
 )
 from torchspec_lib.errors import ConfigError
 from torchspec_lib.models.batch import empty_batch, pack
+from torchspec_lib.models.chains import find_chains
 from torchspec_lib.models.target_head import TargetHead, load_tensor
 
 
@@ -24,9 +26,7 @@ def test_samples_lie_one_after_the_other_with_positions_of_their_own():
     batch = pack(samples).to(torch.device("cpu"))
     assert batch.doc_starts == (0, 3, 4, 6)
     assert batch.num_tokens == 6
-    assert batch.positions_T.tolist() == [0, 1, 2, 0, 0, 1]
-    assert batch.documents_T.tolist() == [0, 0, 0, 1, 2, 2]
-    assert batch.doc_ends_T.tolist() == [3, 3, 3, 4, 6, 6]
+    assert batch.chains.token_positions_T.tolist() == [0, 1, 2, 0, 0, 1]
     assert batch.input_ids_T.dtype == torch.int64
     assert batch.loss_mask_T.tolist() == [False, True, True, True, False, False]
     for i, sample in enumerate(samples):
@@ -55,6 +55,36 @@ def test_no_samples_and_samples_without_tokens_are_refused():
         pack([])
     with pytest.raises(ValueError, match="at least one token"):
         pack([make_sample("", 0)])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_chains_are_found_as_a_loop_over_positions_finds_them(seed):
+    random = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 9, (6,), generator=random).tolist()
+    starts = (0, *torch.tensor(lengths).cumsum(0).tolist())
+    mask = torch.rand(starts[-1], generator=random) < 0.6
+    expected = []
+    for document, (start, end) in enumerate(pairwise(starts)):
+        for i in range(start, end):
+            life = 0
+            while i + 2 + life < end and mask[i + 2 + life]:
+                life += 1
+            if life:
+                expected.append((i, start, document, life))
+    chains = find_chains(mask, starts)
+    found = [chains.positions_C, chains.starts_C, chains.documents_C, chains.lives_C]
+    assert list(zip(*(tensor.tolist() for tensor in found), strict=True)) == expected
+    assert chains.num_chains == len(expected)
+    for document, (first, end) in enumerate(pairwise(chains.bounds)):
+        assert all(row[2] == document for row in expected[first:end])
+    assert chains.extended(2).tolist() == [*(row[0] for row in expected), *[expected[-1][0]] * 2]
+
+
+@pytest.mark.parametrize("masks", [["0"], ["1", "11"], ["000", "010"]])
+def test_a_pack_without_supervision_has_one_chain_that_never_lives(masks):
+    chains = pack([make_sample(mask, seed=0) for mask in masks]).chains
+    assert chains.positions_C.tolist() == chains.lives_C.tolist() == [0]
+    assert chains.bounds == (0, *[1] * len(masks))
 
 
 def test_an_empty_batch_is_one_unsupervised_token():
@@ -105,6 +135,9 @@ def test_the_head_holds_the_targets_tensors_and_trains_none(tmp_path, tied):
     logits = states @ lm_head.T
     assert torch.allclose(head.teacher_logits(states), logits[:, DRAFT_VOCAB])
     assert torch.equal(head.target_ids(states), logits.argmax(-1))
+    known = torch.isin(logits.argmax(-1), torch.from_numpy(DRAFT_VOCAB))
+    assert torch.equal(head.knows_choices(states), known)
+    assert TargetHead(embed, lm_head, None).knows_choices(states).all()
 
 
 def test_draft_ids_are_minus_one_outside_the_draft_vocabulary():

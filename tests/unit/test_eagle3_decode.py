@@ -16,8 +16,9 @@ from tests.unit.eagle3_reference import (
 )
 from torchspec_lib.models.attention import Rotary, causal_attention, ttt_attention
 from torchspec_lib.models.batch import pack
+from torchspec_lib.models.chains import find_chains
 from torchspec_lib.models.eagle3 import KeyValueCache, RMSNorm
-from torchspec_lib.models.ttt import Eagle3Model, supervision
+from torchspec_lib.models.training_layer import TrainingLayer
 
 STEPS = 5
 
@@ -48,15 +49,12 @@ def training_logits(draft, head, sample, start, tokens):
             grown[name][: start + 2] = tensor[: start + 2]
     grown["input_ids"][start + 2 :] = torch.tensor(tokens)
     batch = pack([make_sample("0110", seed=78), grown])
-    target_ids = torch.full((batch.num_tokens,), int(DRAFT_VOCAB[0]))  # a loss at every depth
-    sup = supervision(batch, head, target_ids, len(tokens), "token")
-    seen = []
-    hook = draft.lm_head.register_forward_hook(lambda module, args, out: seen.append(out))
-    Eagle3Model(draft, len(tokens))(batch, head, sup, torch.ones(len(tokens)))
-    hook.remove()
-    return [
-        logits[rows.tolist().index(4 + start)] for logits, rows in zip(seen, sup.rows, strict=True)
-    ]
+    chain = batch.chains.positions_C.tolist().index(4 + start)
+    layer = TrainingLayer(draft, batch, head.embed(batch.input_ids_T.roll(-1)), len(tokens))
+    outs = [layer.first(draft.project(batch.aux_states_TA))]
+    for depth in range(1, len(tokens)):
+        outs.append(layer.later(depth, draft.next_states(outs[-1])))
+    return [draft.lm_head(draft.head_input(draft.next_states(out)))[chain] for out in outs]
 
 
 @pytest.mark.parametrize(
@@ -119,10 +117,13 @@ def test_attention_equals_torchs_own_for_documents_without_later_depths():
     expected = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), allowed, scale=0.3, enable_gqa=True
     )
-    out = ttt_attention(q, k, v, [], [], starts, 0.3)
-    assert torch.allclose(out, expected.transpose(0, 1), atol=1e-6)
+    chains = find_chains(torch.ones(13, dtype=torch.bool), starts)
+    rows = chains.positions_C
+    assert len(rows) == 8
+    chosen = ttt_attention(q[rows], [k], [v], chains, starts, 0.3)
+    assert torch.allclose(chosen, expected.transpose(0, 1)[rows], atol=1e-6)
     last = causal_attention(q[9:], k[6:], v[6:], 0.3)
-    assert torch.allclose(last, out[9:], atol=1e-6)
+    assert torch.allclose(last, expected.transpose(0, 1)[9:], atol=1e-6)
 
 
 def test_attention_and_norm_in_bf16_are_exact_but_for_the_rounding_of_their_results():

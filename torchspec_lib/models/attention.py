@@ -1,10 +1,7 @@
 """Attention of the draft: rotary embedding, and who sees whom.
 
-Shapes: ``T`` query rows, ``S`` key rows, ``N`` query heads, ``G`` key-value heads, ``D`` head
-size, ``J`` depths after depth 0. Query head n reads key-value head n // (N // G).
-
-Plain PyTorch, exact, memory quadratic in a document's length. A fused kernel replaces
-``ttt_attention`` and keeps its signature.
+Shapes: ``T`` tokens of a pack, ``C`` chains, ``S`` key rows of one document, ``N`` query heads,
+``G`` key-value heads, ``D`` head size. Query head n reads key-value head n // (N // G).
 """
 
 from collections.abc import Sequence
@@ -15,6 +12,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from torchspec_lib.models.chains import Chains
 from torchspec_lib.models.draft_config import DraftModelConfig
 from torchspec_lib.models.precision import at_least_fp32
 
@@ -40,73 +38,89 @@ class Rotary:
         self.inv_freq = embedding.inv_freq
         self.attention_scaling = embedding.attention_scaling
 
+    def tables(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [T, D / 2], for heads of ``dtype``."""
+        exact = torch.promote_types(dtype, torch.float32)
+        inv_freq = self.inv_freq.to(positions_T.device, exact, non_blocking=True)
+        angles = positions_T[:, None].to(exact) * inv_freq
+        return angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+
     def rotate(self, x_TND: Tensor, positions_T: Tensor) -> Tensor:
         """Turn the two halves of every head by the angles of its position."""
-        x = at_least_fp32(x_TND)
-        angles = positions_T[:, None].to(x.dtype) * self.inv_freq.to(x.device, x.dtype)
-        cos = angles.cos()[:, None] * self.attention_scaling
-        sin = angles.sin()[:, None] * self.attention_scaling
-        first, second = x.chunk(2, dim=-1)
-        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-        return turned.to(x_TND.dtype)
+        return rotated(x_TND, *self.tables(positions_T, x_TND.dtype))
+
+
+def rotated(x_TND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the two halves of every head by angles given as [T, D / 2]."""
+    first, second = at_least_fp32(x_TND).chunk(2, dim=-1)
+    cos, sin = cos[:, None], sin[:, None]
+    turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return turned.to(x_TND.dtype)
 
 
 def ttt_attention(
-    q_TND: Tensor,
-    k0_TGD: Tensor,
-    v0_TGD: Tensor,
-    later_k: Sequence[Tensor],
-    later_v: Sequence[Tensor],
+    q_CND: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    chains: Chains,
     doc_starts: Sequence[int],
     scale: float,
 ) -> Tensor:
     """Attention of one depth of the training-time test (EAGLE-3, arXiv 2503.01840, figure 6).
 
-    The query at position i sees the depth-0 keys of positions <= i of its own document, and
-    of each later depth the key at i itself; one softmax over both, in float32.
+    The query of a chain at position i sees the depth-0 keys of positions <= i of its own
+    document, and of each later depth the chain's own key; one softmax over both, in float32.
+
+    Plain PyTorch, exact, memory quadratic in a document's length: what ``fused_attention``
+    computes on a GPU.
 
     Args:
-        q_TND: Queries of the newest depth, already rotated.
-        k0_TGD: Keys of depth 0.
-        v0_TGD: Values of depth 0.
-        later_k: [T, G, D] for each depth from 1 to the newest, which comes last.
-        later_v: Likewise.
+        q_CND: Queries of the newest depth, already rotated.
+        keys: [T, G, D] of depth 0, then [C, G, D] of each depth up to the newest.
+        values: Likewise.
+        chains: Where the queries are.
         doc_starts: Where each document starts, and T.
         scale: Factor of the scores.
 
     Returns:
-        [T, N, D].
+        [C, N, D].
     """
+    (k0, *own_k), (v0, *own_v) = keys, values
+    visible = chains.positions_C - chains.starts_C + 1
     documents = []
-    for start, end in pairwise(doc_starts):
-        rows = slice(start, end)
-        own_k, own_v = [k[rows] for k in later_k], [v[rows] for v in later_v]
-        documents.append(_attend(q_TND[rows], k0_TGD[rows], v0_TGD[rows], own_k, own_v, scale))
+    for (start, end), bounds in zip(pairwise(doc_starts), pairwise(chains.bounds), strict=True):
+        rows = slice(*bounds)
+        own = [k[rows] for k in own_k], [v[rows] for v in own_v]
+        documents.append(
+            _attend(q_CND[rows], k0[start:end], v0[start:end], visible[rows], own, scale)
+        )
     return torch.cat(documents)
 
 
 def causal_attention(q_TND: Tensor, k_SGD: Tensor, v_SGD: Tensor, scale: float) -> Tensor:
     """Ordinary attention of the last T of S rows over all before and themselves."""
-    return _attend(q_TND, k_SGD, v_SGD, [], [], scale)
+    num_queries, num_keys = len(q_TND), len(k_SGD)
+    visible = torch.arange(num_keys - num_queries, num_keys, device=q_TND.device) + 1
+    return _attend(q_TND, k_SGD, v_SGD, visible, ([], []), scale)
 
 
 def _attend(
     q_TND: Tensor,
     k_SGD: Tensor,
     v_SGD: Tensor,
-    own_k: Sequence[Tensor],
-    own_v: Sequence[Tensor],
+    visible_T: Tensor,
+    own: tuple[Sequence[Tensor], Sequence[Tensor]],
     scale: float,
 ) -> Tensor:
-    """Causal attention over ``k_SGD``, aligned at the end, and over ``own_k`` at the diagonal."""
-    num_queries, num_keys, groups = len(q_TND), len(k_SGD), k_SGD.shape[1]
+    """Attention of each row over the first ``visible_T`` keys, and over its own keys."""
+    num_keys, groups = len(k_SGD), k_SGD.shape[1]
+    own_k, own_v = own
     q = at_least_fp32(q_TND).unflatten(1, (groups, -1)) * scale  # [T, G, N // G, D]
     scores = torch.einsum("tgnd,sgd->gnts", q, at_least_fp32(k_SGD))
-    future = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q.device)
-    future = future.triu(num_keys - num_queries + 1)
+    future = torch.arange(num_keys, device=q.device) >= visible_T[:, None]
     scores = scores.masked_fill(future, _MINUS_INF)
-    own = [torch.einsum("tgnd,tgd->gnt", q, at_least_fp32(k)) for k in own_k]
-    probs = torch.cat([scores, *(score[..., None] for score in own)], dim=-1).softmax(-1)
+    own_scores = [torch.einsum("tgnd,tgd->gnt", q, at_least_fp32(k)) for k in own_k]
+    probs = torch.cat([scores, *(score[..., None] for score in own_scores)], dim=-1).softmax(-1)
     out = torch.einsum("gnts,sgd->tgnd", probs[..., :num_keys], at_least_fp32(v_SGD))
     for depth, v in enumerate(own_v):
         share = probs[..., num_keys + depth].permute(2, 0, 1)  # [T, G, N // G]

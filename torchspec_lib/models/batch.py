@@ -4,12 +4,14 @@ Shapes: ``T`` tokens of the whole pack, ``D`` documents (samples), ``A`` width o
 concatenated auxiliary states (n * Ht), ``H`` here the target's hidden size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from torchspec_lib.models.chains import Chains, find_chains
 
 _INT_DTYPES = (torch.int32, torch.int64)
 
@@ -31,43 +33,42 @@ class PackedBatch:
     """After the target's final norm."""
     doc_starts: tuple[int, ...]
     """D + 1 entries: where each document starts, and T."""
+    found_chains: Chains | None = None
+    """Left out where a batch is made, in host memory: they are found there."""
+
+    def __post_init__(self) -> None:
+        if self.found_chains is None:
+            found = find_chains(self.loss_mask_T, self.doc_starts)
+            object.__setattr__(self, "found_chains", found)
+
+    @property
+    def chains(self) -> Chains:
+        """What is trained of the batch; its size is known without asking the device."""
+        assert self.found_chains is not None
+        return self.found_chains
 
     @property
     def num_tokens(self) -> int:
         return self.doc_starts[-1]
 
-    @property
-    def positions_T(self) -> Tensor:
-        """int64: each token's position within its document."""
-        device = self.input_ids_T.device
-        starts, lengths = self._starts_and_lengths()
-        return torch.arange(self.num_tokens, device=device) - starts.repeat_interleave(lengths)
-
-    @property
-    def documents_T(self) -> Tensor:
-        """int64: which document each token belongs to, from 0."""
-        starts, lengths = self._starts_and_lengths()
-        return torch.arange(len(starts), device=starts.device).repeat_interleave(lengths)
-
-    @property
-    def doc_ends_T(self) -> Tensor:
-        """int64: index one past the last token of each token's document."""
-        starts, lengths = self._starts_and_lengths()
-        return (starts + lengths).repeat_interleave(lengths)
-
     def to(self, device: torch.device) -> "PackedBatch":
-        return PackedBatch(
-            self.input_ids_T.to(device, non_blocking=True),
-            self.loss_mask_T.to(device, non_blocking=True),
-            self.aux_states_TA.to(device, non_blocking=True),
-            self.last_states_TH.to(device, non_blocking=True),
-            self.doc_starts,
+        return self._map(
+            lambda tensor: tensor.to(device, non_blocking=True), self.chains.to(device)
         )
 
-    def _starts_and_lengths(self) -> tuple[Tensor, Tensor]:
-        """[D] each, int64, on the batch's device."""
-        bounds = torch.tensor(self.doc_starts, device=self.input_ids_T.device)
-        return bounds[:-1], bounds.diff()
+    def pin_memory(self) -> "PackedBatch":
+        """A copy in page-locked memory, from which a device copies without blocking the host."""
+        return self._map(lambda tensor: tensor.pin_memory(), self.chains.pin_memory())
+
+    def _map(self, change: Callable[[Tensor], Tensor], chains: Chains) -> "PackedBatch":
+        return PackedBatch(
+            change(self.input_ids_T),
+            change(self.loss_mask_T),
+            change(self.aux_states_TA),
+            change(self.last_states_TH),
+            self.doc_starts,
+            chains,
+        )
 
 
 def pack(samples: Sequence[Mapping[str, Tensor]]) -> PackedBatch:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from torchspec_lib.models.attention import Rotary, causal_attention
+from torchspec_lib.models.compiled import compiled_on_gpu
 from torchspec_lib.models.draft_config import DraftModelConfig
 from torchspec_lib.models.precision import at_least_fp32
 
@@ -29,9 +30,14 @@ class RMSNorm(nn.Module):
         self._eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        exact = at_least_fp32(x)
-        normed = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self._eps)
-        return self.weight * normed.to(x.dtype)
+        return _rms_norm(x, self.weight, self._eps)
+
+
+@compiled_on_gpu
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    exact = at_least_fp32(x)
+    normed = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
 
 
 class _SelfAttention(nn.Module):
@@ -44,29 +50,31 @@ class _SelfAttention(nn.Module):
         self.k_proj = nn.Linear(2 * config.hidden_size, groups * config.head_dim, bias=False)
         self.v_proj = nn.Linear(2 * config.hidden_size, groups * config.head_dim, bias=False)
         self.o_proj = nn.Linear(heads * config.head_dim, config.hidden_size, bias=False)
-        self._head_dim = config.head_dim
-        self._rotary = Rotary(config)
+        self.head_dim = config.head_dim
+        self.rotary = Rotary(config)
 
     def forward(self, pairs_T2H: Tensor, positions_T: Tensor, attend: Attend) -> Tensor:
-        split = (-1, self._head_dim)
+        split = (-1, self.head_dim)
         q = self.q_proj(pairs_T2H).unflatten(-1, split)
         k = self.k_proj(pairs_T2H).unflatten(-1, split)
         v = self.v_proj(pairs_T2H).unflatten(-1, split)
-        q, k = self._rotary.rotate(q, positions_T), self._rotary.rotate(k, positions_T)
+        q, k = self.rotary.rotate(q, positions_T), self.rotary.rotate(k, positions_T)
         out: Tensor = self.o_proj(attend(q, k, v).flatten(1))
         return out
 
 
-class _MLP(nn.Module):
+class MLP(nn.Module):
+    """Llama's gated MLP."""
+
     def __init__(self, config: DraftModelConfig) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self._act = ACT2FN[config.hidden_act]
+        self.act = ACT2FN[config.hidden_act]
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(self._act(self.gate_proj(x_TH)) * self.up_proj(x_TH))
+        out: Tensor = self.down_proj(self.act(self.gate_proj(x_TH)) * self.up_proj(x_TH))
         return out
 
 
@@ -77,7 +85,7 @@ class _DecoderLayer(nn.Module):
         super().__init__()
         width, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = _SelfAttention(config)
-        self.mlp = _MLP(config)
+        self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(width, eps)
         self.hidden_norm = RMSNorm(width, eps)
         self.post_attention_layernorm = RMSNorm(width, eps)
@@ -167,13 +175,19 @@ class Eagle3Draft(nn.Module):
         """One depth: the states that both ``logits`` and the next depth read, [T, H]."""
         states_TH = states_TH.to(self.dtype)
         out_TH = self.midlayer(embeds_TH.to(self.dtype), states_TH, positions_T, attend)
+        return self.next_states(out_TH)
+
+    def next_states(self, out_TH: Tensor) -> Tensor:
+        """What the next depth reads of the decoder layer's output."""
         return self._normed(out_TH) if self.config.norm_output else out_TH
+
+    def head_input(self, out_TH: Tensor) -> Tensor:
+        """What lm_head reads: ``layer``'s output after the norm."""
+        return out_TH if self.config.norm_output else self._normed(out_TH)
 
     def logits(self, out_TH: Tensor) -> Tensor:
         """Over the draft vocabulary, [T, Vd]."""
-        logits_TVd: Tensor = self.lm_head(
-            out_TH if self.config.norm_output else self._normed(out_TH)
-        )
+        logits_TVd: Tensor = self.lm_head(self.head_input(out_TH))
         return logits_TVd
 
     def decode(

@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchspec_lib.errors import ConfigError
-from torchspec_lib.models.precision import at_least_fp32
 from torchspec_lib.target import TargetSpec
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 
-_MAX_LOGITS = 1 << 26
-"""Full-vocabulary logits held at a time."""
+_MAX_LOGITS = 1 << 28
+"""Full-vocabulary logits held at a time: 512 MiB in bf16."""
 
 
 def load_tensor(folder: Path, name: str) -> Tensor:
@@ -91,7 +90,14 @@ class TargetHead(nn.Module):
         """The target's greedy next token after each state, int64 [T]."""
         rows = max(1, _MAX_LOGITS // len(self.lm_head_VH))
         chunks = last_TH.to(self.lm_head_VH.dtype).split(rows)
-        return torch.cat([at_least_fp32(F.linear(c, self.lm_head_VH)).argmax(-1) for c in chunks])
+        return torch.cat([F.linear(chunk, self.lm_head_VH).argmax(-1) for chunk in chunks])
+
+    @torch.no_grad()
+    def knows_choices(self, last_NH: Tensor) -> Tensor:
+        """Whether the draft vocabulary holds the target's greedy next token, bool [N]."""
+        if self.draft_rows_VdH is self.lm_head_VH:
+            return torch.ones(len(last_NH), dtype=torch.bool, device=last_NH.device)
+        return self.draft_ids_V[self.target_ids(last_NH)] >= 0
 
     @torch.no_grad()
     def teacher_logits(self, last_NH: Tensor) -> Tensor:

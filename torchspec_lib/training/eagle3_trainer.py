@@ -24,7 +24,7 @@ from torchspec_lib.models.draft_config import DraftModelConfig
 from torchspec_lib.models.eagle3 import Eagle3Draft
 from torchspec_lib.models.export import save_draft
 from torchspec_lib.models.target_head import TargetHead
-from torchspec_lib.models.ttt import Eagle3Model, Supervision, supervision
+from torchspec_lib.models.ttt import Eagle3Model, Supervision, supervise
 from torchspec_lib.target import TargetSpec
 from torchspec_lib.training import continual
 from torchspec_lib.training.checkpoint import CheckpointFolder
@@ -130,12 +130,9 @@ class Eagle3Trainer(Trainer):
         )
 
     def _supervise(self, batch: PackedBatch) -> Supervision:
-        batch = batch.to(self._device)
-        target_ids_T = self._head.target_ids(batch.last_states_TH)
-        return supervision(
-            batch,
+        return supervise(
+            batch.to(self._device),
             self._head,
-            target_ids_T,
             self._model.ttt_steps,
             self._training.loss_reduction,
         )
@@ -145,7 +142,7 @@ class Eagle3Trainer(Trainer):
         num_loss_tokens = sum(int(batch.loss_mask_T.sum()) for batch in prepared.batches)
         counts = [len(prepared.trained), prepared.num_tokens, num_loss_tokens]
         weights_K = torch.stack([s.weight_sums_K for s in supervisions]).sum(0)
-        return torch.cat([torch.tensor(counts).to(weights_K), weights_K])
+        return torch.cat([torch.tensor(counts).to(weights_K, non_blocking=True), weights_K])
 
     def _backward(
         self,

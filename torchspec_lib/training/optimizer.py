@@ -11,12 +11,14 @@ from torchspec_lib.config import TrainingConfig
 
 
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], training: TrainingConfig) -> AdamW:
-    """AdamW (Loshchilov & Hutter 2019) over all of ``parameters``."""
+    """AdamW (Loshchilov & Hutter 2019) over all of ``parameters``, in one kernel on a GPU."""
+    trained = list(parameters)
     return AdamW(
-        parameters,
+        trained,
         lr=training.learning_rate,
         betas=training.betas,
         weight_decay=training.weight_decay,
+        fused=all(parameter.is_cuda for parameter in trained),
     )
 
 

@@ -192,15 +192,4 @@ class Prefetcher:
 
     def _pack(self, samples: Sequence[Sample]) -> PackedBatch:
         batch = pack(samples) if samples else self._empty
-        return _pinned(batch) if self._pin_memory else batch
-
-
-def _pinned(batch: PackedBatch) -> PackedBatch:
-    """A copy in page-locked memory, from which a device copies without blocking the host."""
-    return PackedBatch(
-        batch.input_ids_T.pin_memory(),
-        batch.loss_mask_T.pin_memory(),
-        batch.aux_states_TA.pin_memory(),
-        batch.last_states_TH.pin_memory(),
-        batch.doc_starts,
-    )
+        return batch.pin_memory() if self._pin_memory else batch
