@@ -14,6 +14,7 @@ import torch
 
 from torchspec_lib.errors import SampleLostError, StoreFullError, StoreUnavailableError
 from torchspec_lib.transfer.memory import MemoryStore
+from torchspec_lib.transfer.mooncake.connect import connect
 from torchspec_lib.transfer.mooncake.processes import (
     MasterProcess,
     allocated_bytes,
@@ -21,7 +22,6 @@ from torchspec_lib.transfer.mooncake.processes import (
     start_client,
     start_master,
 )
-from torchspec_lib.transfer.mooncake.store import connect
 from torchspec_lib.transfer.store import StoreAddress, TensorStore
 from torchspec_lib.types import SampleKey, SampleRef
 

@@ -19,6 +19,7 @@ import torch
 from torchspec_lib.config import TransferConfig
 from torchspec_lib.errors import SampleLostError, StoreUnavailableError
 from torchspec_lib.transfer.mooncake import processes
+from torchspec_lib.transfer.mooncake.connect import connect
 from torchspec_lib.transfer.mooncake.managed_process import ManagedProcess
 from torchspec_lib.transfer.mooncake.master import MooncakeClient, MooncakeMaster
 from torchspec_lib.transfer.mooncake.processes import (
@@ -27,7 +28,6 @@ from torchspec_lib.transfer.mooncake.processes import (
     start_client,
     start_master,
 )
-from torchspec_lib.transfer.mooncake.store import connect
 from torchspec_lib.transfer.store import StoreAddress
 from torchspec_lib.types import SampleKey
 

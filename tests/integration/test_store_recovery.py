@@ -15,9 +15,10 @@ import torch
 
 from torchspec_lib.config import TransferConfig
 from torchspec_lib.errors import SampleLostError, StoreUnavailableError
+from torchspec_lib.transfer.mooncake.connect import connect
 from torchspec_lib.transfer.mooncake.master import MooncakeClient, MooncakeMaster
 from torchspec_lib.transfer.mooncake.processes import allocated_bytes
-from torchspec_lib.transfer.mooncake.store import MooncakeStore, connect
+from torchspec_lib.transfer.mooncake.store import MooncakeStore
 from torchspec_lib.transfer.store import StoreAddress
 from torchspec_lib.types import SampleKey, SampleRef
 

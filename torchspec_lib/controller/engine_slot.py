@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from torchspec_lib.controller.job_queue import Job
-from torchspec_lib.errors import EngineError, HungError, WorkerLostError
+from torchspec_lib.errors import EngineError, HungError, RecoverableError
 from torchspec_lib.types import CaptureFailure, CaptureRequest, CaptureResult, SampleKey
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class Engine(Protocol):
             kill: It lives, and has to be ended first.
 
         Raises:
-            WorkerLostError: It can't be started, or not in time.
+            RecoverableError: It can't be started, or not in time.
             EngineError: Its self-check failed.
         """
         ...
@@ -146,7 +146,7 @@ class EngineSlot:
             self.num_restarts += error is not None
             try:
                 await self._engine.start(kill=isinstance(error, (HungError, EngineError)))
-            except (WorkerLostError, EngineError) as failure:
+            except (RecoverableError, EngineError) as failure:
                 logger.warning("event=engine_start_failed engine=%d cause=%s", self.index, failure)
                 error = failure
             else:

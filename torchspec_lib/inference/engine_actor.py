@@ -1,15 +1,17 @@
 """The Ray actor around an engine."""
 
 import logging
+import os
 from collections.abc import Sequence
 
 import ray
 
 from torchspec_lib.config import RunConfig
+from torchspec_lib.errors import RecoverableError, StoreFullError
 from torchspec_lib.inference.factory import EngineSpec, build_engine
 from torchspec_lib.inference.start_fence import StartFence
 from torchspec_lib.ray.ray_actor import RayActor
-from torchspec_lib.transfer.mooncake.store import connect
+from torchspec_lib.transfer.mooncake.connect import connect
 from torchspec_lib.types import CaptureRequest, CaptureResult, SampleKey
 
 logger = logging.getLogger(__name__)
@@ -25,13 +27,24 @@ class EngineActor(RayActor):
 
     def __init__(self, spec: EngineSpec) -> None:
         super().__init__("engine", spec.rank, spec.run.cluster.device)
+        was_lost = ray.get_runtime_context().was_current_actor_reconstructed
+        try:
+            self._open(spec)
+        except (RecoverableError, StoreFullError) as error:
+            if not was_lost:
+                raise
+            # Ray starts an actor again whose process died, but not one whose constructor raised.
+            logger.error("event=engine_start_failed engine=%d cause=%s", spec.rank, error)  # noqa: TRY400
+            os._exit(1)
+        if was_lost:
+            logger.warning("event=recovered part=%r", f"engine {spec.rank}")
+
+    def _open(self, spec: EngineSpec) -> None:
         patience_s = _store_patience_s(spec.run)
         self._store = connect(spec.store_address, self.node_ip, True, patience_s, patience_s)
         self._fence = StartFence(self._store, spec.store_address.run_id)
         self._engine = build_engine(spec, self._store, self.device)
         check = self._engine.self_check()
-        if ray.get_runtime_context().was_current_actor_reconstructed:
-            logger.warning("event=recovered part=%r", f"engine {spec.rank}")
         logger.info(
             "event=self_check tokens=%d max_relative_error=%.2e argmax_agreement=%.3f",
             check.num_tokens,

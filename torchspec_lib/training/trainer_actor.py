@@ -20,7 +20,7 @@ from torchspec_lib.training.fsdp import Rendezvous, init_process_group
 from torchspec_lib.training.heartbeat import Heartbeat
 from torchspec_lib.training.prefetch import Prefetcher
 from torchspec_lib.training.state import run_identity
-from torchspec_lib.transfer.mooncake.store import connect
+from torchspec_lib.transfer.mooncake.connect import connect
 from torchspec_lib.transfer.store import StoreAddress, TensorStore
 from torchspec_lib.types import (
     Accounts,

@@ -1,14 +1,8 @@
 """The Mooncake store, as a ``TensorStore``.
 
-Two ways to attach, alike from then on. ``client_process``: a client process on the node owns
-the memory and is reached through shared memory. ``embedded``: the calling process takes part
-itself, and bytes cross processes over the network. Either way samples are packed into, and
-unpacked from, a few buffers that Mooncake knows.
-
-A process that has connected must not fork: a forked child hangs at its first call.
+Samples are packed into, and unpacked from, a few buffers that Mooncake knows.
 """
 
-import ctypes
 import queue
 import re
 import threading
@@ -21,15 +15,10 @@ import torch
 
 from torchspec_lib.errors import SampleLostError, StoreFullError, StoreUnavailableError
 from torchspec_lib.transfer.mooncake.layout import pack_into, packed_size, unpack
-from torchspec_lib.transfer.mooncake.library import load_library, muted_stderr
-from torchspec_lib.transfer.store import StoreAddress
+from torchspec_lib.transfer.mooncake.library import muted_stderr
 from torchspec_lib.types import SampleKey, SampleRef
 
-_NUM_BUFFERS = 3
-_MIN_BUFFER_BYTES = 4 << 20
-"""So that an engine's self-check fits where all prompts are tiny."""
-
-_PUT_TIMEOUT_S, _RETRY_TIMEOUT_S = 60.0, 20.0
+PUT_TIMEOUT_S, RETRY_TIMEOUT_S = 60.0, 20.0
 _TRANSFER_RETRY_S = 2.0
 """The owner of a sample that hung answers by then; one that died never does."""
 _FIRST_WAIT_S, _WAIT_GROWTH, _LONGEST_WAIT_S = 0.01, 1.5, 0.25
@@ -53,8 +42,8 @@ class MooncakeStore:
         buffers: Sequence[torch.Tensor],
         capacity_bytes: int,
         config: Any,
-        put_timeout_s: float = _PUT_TIMEOUT_S,
-        retry_timeout_s: float = _RETRY_TIMEOUT_S,
+        put_timeout_s: float = PUT_TIMEOUT_S,
+        retry_timeout_s: float = RETRY_TIMEOUT_S,
     ) -> None:
         """``client`` is connected and knows ``buffers`` uint8; ``config`` goes with its puts."""
         self._client, self._config = client, config
@@ -87,7 +76,7 @@ class MooncakeStore:
         """Mooncake itself would keep the old sample, and call that a success."""
         code = self._ask(lambda: self._client.is_exist(str(key)), self._until_answered)
         if code < 0:
-            raise _unavailable(f"put of {key}", code)
+            raise unavailable(f"put of {key}", code)
         if code > 0:
             raise ValueError(f"key {key} is taken: every put needs a key of its own")
 
@@ -108,7 +97,7 @@ class MooncakeStore:
         self._doubtful.put(key)
         if code not in _NO_ANSWER:
             self._remove_doubtful()
-        raise _unavailable(f"put of {key}", code)
+        raise unavailable(f"put of {key}", code)
 
     def _remove_doubtful(self) -> None:
         """Remove what failed puts left, now that the store answers.
@@ -136,7 +125,7 @@ class MooncakeStore:
             if code in _LOST:
                 raise SampleLostError(key, f"Mooncake's code is {code}")
             if code < 0:
-                raise _unavailable(f"get of {key}", code)
+                raise unavailable(f"get of {key}", code)
             views = unpack(buffer[:code], ref)
             tensors = {name: view.to(device, copy=True) for name, view in views.items()}
             if device.type == "cuda":
@@ -154,7 +143,7 @@ class MooncakeStore:
         with self._call("release"):
             code = self._ask(remove, self._until_answered)
             if code != 0:
-                raise _unavailable(f"release of {len(keys)} samples", code)
+                raise unavailable(f"release of {len(keys)} samples", code)
 
     def clear(self, run_id: str) -> None:
         """See ``TensorStore.clear``. Puts that their writers gave up on are among the samples."""
@@ -164,7 +153,7 @@ class MooncakeStore:
                 lambda: self._client.remove_by_regex(pattern, True), self._until_answered
             )
             if code < 0:
-                raise _unavailable(f"clear of {run_id}", code)
+                raise unavailable(f"clear of {run_id}", code)
 
     def close(self) -> None:
         """See ``TensorStore.close``. Waits for the calls of other threads, ends those that wait."""
@@ -210,83 +199,6 @@ class MooncakeStore:
             wait_s = min(wait_s * _WAIT_GROWTH, _LONGEST_WAIT_S)
 
 
-def connect(
-    address: StoreAddress,
-    node_ip: str,
-    owns_memory: bool,
-    put_timeout_s: float = _PUT_TIMEOUT_S,
-    retry_timeout_s: float = _RETRY_TIMEOUT_S,
-) -> MooncakeStore:
-    """Attach this process to the run's store.
-
-    Args:
-        address: The run's store.
-        node_ip: This node's address, as in ``address.clients``.
-        owns_memory: In embedded mode, whether this process contributes a segment.
-        put_timeout_s: How long a put waits for room.
-        retry_timeout_s: How long a master or client process that is away is waited for.
-
-    The time-outs end the asking, not the call that is under way. Any put, get, release or clear,
-    with 0.5 s and 1 s, took at most 4.5 s with the master or the client process dead, 5.0 s with
-    the master frozen (``MC_RPC_TIMEOUT_MS``), and 30 s with the client process frozen: for that
-    one Mooncake has no setting. It ends earlier if the process is killed for its silence.
-
-    Raises:
-        DependencyError: Mooncake or a system library isn't installed.
-        StoreUnavailableError: The store isn't there.
-    """
-    library = load_library()
-    client, config = library.MooncakeDistributedStore(), library.ReplicateConfig()
-    config.with_hard_pin = True
-    size = max(address.max_sample_bytes, _MIN_BUFFER_BYTES)
-    if address.mode == "client_process":
-        _attach_to_client(client, address, node_ip)
-        buffers = [_shared_buffer(client, size) for _ in range(_NUM_BUFFERS)]
-    else:
-        _take_part(client, address, node_ip, owns_memory)
-        buffers = [torch.empty(size, dtype=torch.uint8) for _ in range(_NUM_BUFFERS)]
-        if owns_memory:
-            config.preferred_segment = client.get_hostname()
-    for buffer in buffers:
-        _check_connected(client.register_buffer(buffer.data_ptr(), size), address.master)
-    return MooncakeStore(
-        client, buffers, address.segment_bytes, config, put_timeout_s, retry_timeout_s
-    )
-
-
-def _attach_to_client(client: Any, address: StoreAddress, node_ip: str) -> None:
-    if node_ip not in address.clients:
-        nodes = ", ".join(address.clients) or "no node"
-        raise StoreUnavailableError("connect", f"{node_ip} has no client process, but {nodes}")
-    server = address.clients[node_ip]
-    # No pool and no local buffer: both serve calls that copy, and buffers are allocated apart.
-    _check_connected(client.setup_dummy(0, 0, server), f"the client process {server}")
-
-
-def _shared_buffer(client: Any, size: int) -> torch.Tensor:
-    pointer = client.alloc_from_mem_pool(size)
-    if pointer == 0:
-        raise StoreUnavailableError("connect", f"no {size:,} bytes of shared memory")
-    return torch.frombuffer((ctypes.c_uint8 * size).from_address(pointer), dtype=torch.uint8)
-
-
-def _take_part(client: Any, address: StoreAddress, node_ip: str, owns_memory: bool) -> None:
-    code = client.setup(
-        local_hostname=node_ip,
-        metadata_server="P2PHANDSHAKE",
-        global_segment_size=address.segment_bytes if owns_memory else 0,
-        local_buffer_size=0,
-        protocol=address.protocol,
-        rdma_devices=address.device_name,
-        master_server_addr=address.master,
-    )
-    _check_connected(code, f"the master {address.master}")
-
-
-def _check_connected(code: int, peer: str) -> None:
-    if code != 0:
-        raise _unavailable(f"connect to {peer}", code)
-
-
-def _unavailable(operation: str, code: int) -> StoreUnavailableError:
+def unavailable(operation: str, code: int) -> StoreUnavailableError:
+    """The error for a code that Mooncake gave."""
     return StoreUnavailableError(operation, f"Mooncake's code is {code}")
