@@ -10,5 +10,5 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--faults", type=int, default=8, help="how many, for test_chaos.py")
+    parser.addoption("--faults", type=int, default=6, help="how many, for test_chaos.py")
     parser.addoption("--seed", type=int, default=0, help="of their moments, for test_chaos.py")

@@ -20,17 +20,18 @@ from torchspec_lib.run_folder import RunFolder
 pytestmark = [pytest.mark.ray, pytest.mark.mooncake, pytest.mark.chaos]
 
 FAULTS_PER_RUN = 10
-NUM_PROMPTS, NUM_EPOCHS = 240, 14
+NUM_PROMPTS = 240
 RECOVERY_TIMEOUT_S = 150.0
 
 
-def make_run(data_root: Path) -> RunConfig:
+def make_run(data_root: Path, num_faults: int) -> RunConfig:
+    """Long enough for so many faults, as far as they hit the same run."""
     return config(
         data_root,
         NUM_PROMPTS,
         training={
             "training_num_gpus_per_node": 2,
-            "num_epochs": NUM_EPOCHS,
+            "num_epochs": 4 + min(num_faults, FAULTS_PER_RUN),
             "global_batch_size": 5,
             "learning_rate": 1e-3,
             "compute_dtype": "float32",
@@ -44,9 +45,9 @@ def make_run(data_root: Path) -> RunConfig:
 class DisturbedRun:
     """A run, and the history of what happened to it."""
 
-    def __init__(self, tmp_path: Path, chance: random.Random) -> None:
+    def __init__(self, tmp_path: Path, num_faults: int, chance: random.Random) -> None:
         self._tmp_path, self._chance = tmp_path, chance
-        self.run = make_run(tmp_path / "data")
+        self.run = make_run(tmp_path / "data", num_faults)
         self.driver = Driver(self.run, tmp_path)
         self.history: list[tuple[str, float]] = []
 
@@ -102,9 +103,14 @@ def draft_digest(folder: RunFolder) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def num_faults(request):
+    return request.config.getoption("--faults")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, num_faults):
     tmp_path = tmp_path_factory.mktemp("undisturbed")
-    run = make_run(tmp_path / "data")
+    run = make_run(tmp_path / "data", num_faults)
     summary = Driver(run, tmp_path).summary()
     folder = RunFolder(run.data_path / "runs" / summary["run_id"])
     return draft_digest(folder), [step.loss for step in folder.read_metrics()]
@@ -112,16 +118,16 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.timeout(7200)
 def test_a_disturbed_run_ends_with_the_draft_of_an_undisturbed_one(
-    undisturbed, tmp_path_factory, request
+    undisturbed, num_faults, tmp_path_factory, request
 ):
-    num_faults, seed = request.config.getoption("--faults"), request.config.getoption("--seed")
+    seed = request.config.getoption("--seed")
     chance = random.Random(seed)
     faults = [FAULTS[i % len(FAULTS)] for i in range(num_faults)]
     print(f"\n{num_faults} faults, seed {seed}")
     history: list[tuple[str, float]] = []
     while faults:
         tmp_path = tmp_path_factory.mktemp("chaos")
-        disturbed = DisturbedRun(tmp_path, chance)
+        disturbed = DisturbedRun(tmp_path, num_faults, chance)
         for fault in list(faults[:FAULTS_PER_RUN]):
             disturbed.strike(fault)
             if disturbed.is_over:
@@ -136,7 +142,8 @@ def test_a_disturbed_run_ends_with_the_draft_of_an_undisturbed_one(
 def check(disturbed: DisturbedRun, draft: dict[str, str], losses: list[float]) -> None:
     """The run is finished, its accounts add up, it is the undisturbed one, and all is clean."""
     summary = disturbed.driver.summary()
-    assert (summary["num_trained"], summary["num_rejected"]) == (NUM_PROMPTS * NUM_EPOCHS, 0)
+    num_samples = NUM_PROMPTS * disturbed.run.training.num_epochs
+    assert (summary["num_trained"], summary["num_rejected"]) == (num_samples, 0)
     steps = disturbed.folder.read_metrics()
     assert [step.step for step in steps] == list(range(1, len(losses) + 1))
     assert [step.loss for step in steps] == losses
