@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 FREE_MIB := $(shell awk '/MemAvailable/ {print int($$2 / 1024)}' /proc/meminfo)
 CONFIG ?= $(if $(shell test $(FREE_MIB) -ge 5000 && echo roomy),configs/tiny.yaml,configs/tiny_one_rank.yaml)
 
-.PHONY: demo test chaos check fmt setup package constraints clean
+.PHONY: demo test test-slow sglang chaos check fmt setup package constraints clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)  ## prompts -> trained, evaluated and registered draft, on this machine
@@ -15,6 +15,15 @@ demo: $(READY)  ## prompts -> trained, evaluated and registered draft, on this m
 
 test: $(READY)  ## units, contracts, integration on a local Ray, Flyte
 	$(BIN)/pytest -q
+
+test-slow: $(READY)  ## what `make test` leaves out, a few minutes
+	$(BIN)/pytest -q -m slow
+
+sglang: $(VENV)/.sglang  ## SGLang without a GPU: for configs/tiny_sglang.yaml and its tests
+
+$(VENV)/.sglang: $(READY) tools/sglang_cpu.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r tools/sglang_cpu.txt
+	touch $@
 
 chaos: $(READY)  ## the long form of the fault injection, some 25 minutes
 	$(BIN)/pytest -q -s tests/integration/test_chaos.py --faults 60
@@ -43,7 +52,7 @@ package: $(READY)  ## everything that a Flyte cluster registers, offline
 	$(BIN)/pyflyte --pkgs workflows package --image default=torchspec-flyte:cpu --image gpu=torchspec-flyte:gpu --output build/flyte-package.tgz -f
 
 constraints: $(READY)  ## pin what this environment has
-	{ head -n 1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed "s/+cpu$$//"; } > constraints.new
+	{ head -n 1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed "s/+cpu$$//" | grep -vxFf tools/sglang_cpu.txt; } > constraints.new
 	mv constraints.new constraints.txt
 
 clean:

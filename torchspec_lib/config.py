@@ -140,12 +140,54 @@ class TrainingConfig(Settings):
         return self
 
 
+SGLANG_OWN_ARGUMENTS = frozenset(
+    {
+        *("model_path", "dtype", "device", "trust_remote_code", "random_seed"),
+        *("tp_size", "nnodes", "node_rank", "dist_init_addr", "dist_timeout", "nccl_port"),
+        *("dp_size", "pp_size", "enable_dp_attention", "speculative_algorithm"),
+        *("skip_tokenizer_init", "disable_radix_cache", "disable_cuda_graph"),
+        *("disable_overlap_schedule", "enable_mixed_chunk", "chunked_prefill_size"),
+        *("max_prefill_tokens", "grammar_backend", "custom_sigquit_handler"),
+    }
+)
+"""Arguments of SGLang that capturing depends on, or that have a setting of their own."""
+
+
+class SglangConfig(Settings):
+    """Where SGLang's engines run, and how. For ``inference.engine: sglang`` only."""
+
+    tp_size: PositiveInt | None = None
+    """GPUs of one replica, over all its nodes. All of ``nnodes`` nodes' if that is above 1,
+    else 1."""
+    nnodes: PositiveInt = 1
+    """Nodes of one replica."""
+    dist_init_addr: str | None = None
+    """``ip:port`` where the nodes of a replica meet. Negotiated if left out."""
+    dist_timeout: PositiveInt = 60
+    """Seconds for the ranks of a replica to meet."""
+    prefill_tokens: PositiveInt = 16384
+    """Tokens of a forward at most; a longer prompt is run in pieces."""
+    extra_args: dict[str, bool | int | float | str] = {}
+    """Passed to SGLang as they are, such as ``attention_backend``."""
+
+    @model_validator(mode="after")
+    def _own_arguments_stay(self) -> Self:
+        if taken := sorted(SGLANG_OWN_ARGUMENTS & self.extra_args.keys()):
+            raise ValueError(
+                f"extra_args can't set {', '.join(taken)}: capturing depends on it, or it has a "
+                "setting of its own. Remove it"
+            )
+        return self
+
+
 class InferenceConfig(Settings):
     """The engines that run the target."""
 
-    engine: Literal["hf"] = "hf"
+    engine: Literal["hf", "sglang"] = "hf"
+    """``hf``: transformers, a prompt at a time. ``sglang``: batches, and over several GPUs."""
+    sglang: SglangConfig = SglangConfig()
     inference_num_gpus: PositiveInt = 1
-    """Engines, on a GPU each, or with ``cluster.device: cpu`` on a core each."""
+    """GPUs of all engines together, or with ``cluster.device: cpu`` as many cores."""
     inference_num_gpus_per_node: PositiveInt = 8
     request_size: PositiveInt = 4
     """Prompts that an engine is handed at a time."""
@@ -153,6 +195,43 @@ class InferenceConfig(Settings):
     """Captures of a prompt that are tried before it is rejected."""
     max_failed_fraction: Fraction = 0.05
     """Share of rejected prompts above which the run ends with an error."""
+
+    @property
+    def num_gpus_per_engine(self) -> int:
+        """GPUs of one engine, over all its nodes."""
+        if self.engine == "hf":
+            return 1
+        nnodes = self.sglang.nnodes
+        whole_nodes = nnodes * self.inference_num_gpus_per_node if nnodes > 1 else 1
+        return self.sglang.tp_size or whole_nodes
+
+    @property
+    def num_nodes_per_engine(self) -> int:
+        return self.sglang.nnodes if self.engine == "sglang" else 1
+
+    @property
+    def num_engines(self) -> int:
+        return self.inference_num_gpus // self.num_gpus_per_engine
+
+    @model_validator(mode="after")
+    def _engines_fill_their_gpus(self) -> Self:
+        size, nodes = self.num_gpus_per_engine, self.num_nodes_per_engine
+        if size % nodes or size // nodes > self.inference_num_gpus_per_node:
+            raise ValueError(
+                f"sglang.tp_size ({size}) must spread evenly over sglang.nnodes ({nodes}) of "
+                f"inference_num_gpus_per_node ({self.inference_num_gpus_per_node}) GPUs"
+            )
+        if self.inference_num_gpus % size:
+            raise ValueError(
+                f"inference_num_gpus ({self.inference_num_gpus}) must be a multiple of an "
+                f"engine's GPUs ({size}, from sglang.tp_size and sglang.nnodes)"
+            )
+        if self.sglang.dist_init_addr is not None and self.num_engines > 1:
+            raise ValueError(
+                f"sglang.dist_init_addr is one engine's, and there are {self.num_engines}: leave "
+                "it out"
+            )
+        return self
 
 
 class TransferConfig(Settings):

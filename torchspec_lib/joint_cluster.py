@@ -78,6 +78,9 @@ def _bring_up(stack: ExitStack, inputs: RunInputs) -> TrainingRun:
     _phase(f"starting {plan.num_engines} engine(s) and {run.training.world_size} trainer rank(s)")
     engines = _start_engines(stack, inputs, placement, address)
     standing = Standing(engines, placement.training, address, store_actors)
+    if run.inference.engine == "sglang" and run.cluster.placement == "colocate":
+        # It takes a share of what it finds free: trainers come to what it has left.
+        get([engine.ping.remote() for engine in engines])
     training = TrainingRun(inputs, standing)
     stack.callback(training.close)
     training.start()

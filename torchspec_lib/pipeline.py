@@ -44,6 +44,13 @@ def preflight(run: RunConfig, nodes: Sequence[Node] | None = None) -> TargetSpec
             f"{run.cluster.placement!r} runs one side alone, to measure it, and trains no draft",
             "Use 'separate' or 'colocate'",
         )
+    if run.inference.num_nodes_per_engine > 1:
+        raise ConfigError(
+            "inference.sglang.nnodes",
+            "engines over several nodes can be planned (python -m torchspec_lib.plan_preview), "
+            "but not started yet",
+            "Use engines that fit one node each, with tp_size GPUs",
+        )
     for name in ("train", "heldout"):
         for index, source in enumerate(getattr(run.data, name)):
             if Path(source).suffix:

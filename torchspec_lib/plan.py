@@ -77,14 +77,21 @@ def make_plan(run: RunConfig, target: TargetSpec, num_prompts: int, longest: int
     Raises:
         ConfigError: A setting doesn't fit the target, or the budget can't hold one batch.
     """
-    num_states = len(aux_layer_ids(run.draft, target)) + 1
+    layer_ids = aux_layer_ids(run.draft, target)
+    if run.inference.engine == "sglang" and layer_ids[-1] == target.num_layers - 1:
+        raise ConfigError(
+            "draft.aux_layer_ids",
+            f"SGLang can't capture the output of the last layer, {layer_ids[-1]}, before the norm",
+            "Use a lower layer, or inference.engine hf",
+        )
+    num_states = len(layer_ids) + 1
     mask_and_id_bytes = 1 + 4
     bytes_per_token = (
         num_states * target.hidden_size * DTYPE_BYTES[run.model.dtype] + mask_and_id_bytes
     )
     sample_bytes = max(longest, MIN_SAMPLE_TOKENS) * bytes_per_token + SAMPLE_OVERHEAD_BYTES
     in_flight, segment = _budgets(run, sample_bytes)
-    training, inference = _bundles(run)
+    training, inference = bundles_of(run)
     batch = run.training.global_batch_size
     return ClusterPlan(
         device=run.cluster.device,
@@ -92,8 +99,8 @@ def make_plan(run: RunConfig, target: TargetSpec, num_prompts: int, longest: int
         training_bundles=training,
         inference_bundles=inference,
         training_num_nodes=run.training.training_num_nodes if training else 0,
-        inference_num_nodes=math.ceil(len(inference) / run.inference.inference_num_gpus_per_node),
-        num_engines=run.inference.inference_num_gpus,
+        inference_num_nodes=_num_inference_nodes(run) if inference else 0,
+        num_engines=run.inference.num_engines,
         num_steps=math.ceil(num_prompts * run.training.num_epochs / batch),
         bytes_per_token=bytes_per_token,
         sample_bytes=sample_bytes,
@@ -107,7 +114,7 @@ def _budgets(run: RunConfig, sample_bytes: int) -> tuple[int, int]:
     """Bytes that may be in flight, and the store's segment that holds them."""
     transfer, batch = run.transfer, run.training.global_batch_size
     needed = batch * sample_bytes
-    working = run.inference.inference_num_gpus * run.inference.request_size * sample_bytes
+    working = run.inference.num_engines * run.inference.request_size * sample_bytes
     if transfer.max_in_flight_bytes is not None:
         in_flight = transfer.max_in_flight_bytes
     elif transfer.segment_bytes is not None:
@@ -135,20 +142,42 @@ def _budgets(run: RunConfig, sample_bytes: int) -> tuple[int, int]:
     return in_flight, max(MIN_SEGMENT_BYTES, steps * SEGMENT_STEP_BYTES)
 
 
-def _bundles(run: RunConfig) -> tuple[tuple[Bundle, ...], tuple[Bundle, ...]]:
-    placement, on_gpu = run.cluster.placement, run.cluster.device == "cuda"
+def bundles_of(run: RunConfig) -> tuple[tuple[Bundle, ...], tuple[Bundle, ...]]:
+    """Bundles for training, and for inference: those of an engine over several nodes in a row.
+
+    Raises:
+        ConfigError: Engines of several GPUs are to share them with trainers.
+    """
+    placement, on_gpu, engines = run.cluster.placement, run.cluster.device == "cuda", run.inference
     if placement == "colocate":
+        if engines.num_gpus_per_engine > 1:
+            raise ConfigError(
+                "cluster.placement",
+                f"'colocate' puts an engine on every GPU, not one on {engines.num_gpus_per_engine}",
+                "Use 'separate', or leave out inference.sglang.tp_size and nnodes",
+            )
         shared = Bundle(roles=("training", "inference"), num_cpus=2, num_gpus=int(on_gpu))
         return (shared,) * run.training.world_size, ()
     trainer = Bundle(roles=("training",), num_cpus=1, num_gpus=int(on_gpu))
-    engine = Bundle(roles=("inference",), num_cpus=1, num_gpus=int(on_gpu))
+    num_parts = engines.num_nodes_per_engine
+    size = engines.num_gpus_per_engine // num_parts
+    engine = Bundle(roles=("inference",), num_cpus=size, num_gpus=size * int(on_gpu))
     training = (trainer,) * run.training.world_size
-    inference = (engine,) * run.inference.inference_num_gpus
+    inference = (engine,) * (engines.num_engines * num_parts)
     if placement == "debug_train_only":
         return training, ()
     if placement == "debug_inference_only":
         return (), inference
     return training, inference
+
+
+def _num_inference_nodes(run: RunConfig) -> int:
+    """Nodes that the engines need, if each holds as many of them as its GPUs allow."""
+    engines = run.inference
+    if engines.num_nodes_per_engine > 1:
+        return engines.num_engines * engines.num_nodes_per_engine
+    per_node = engines.inference_num_gpus_per_node // engines.num_gpus_per_engine
+    return math.ceil(engines.num_engines / per_node)
 
 
 def _num_parameters(target: TargetSpec) -> int:

@@ -67,6 +67,12 @@ def test_a_mode_that_trains_no_draft_is_refused(mode):
         preflight(run_config(cluster={"device": "cpu", "placement": mode}))
 
 
+def test_engines_over_several_nodes_are_planned_but_not_started():
+    engines = {"engine": "sglang", "inference_num_gpus": 16, "sglang": {"nnodes": 2}}
+    with pytest.raises(ConfigError, match=r"inference\.sglang\.nnodes.*plan_preview"):
+        preflight(run_config(inference=engines))
+
+
 def test_more_memory_than_is_free_is_refused():
     run = run_config(transfer={"segment_bytes": 1 << 50})
     with pytest.raises(ConfigError, match=r"GiB of memory"):

@@ -3,8 +3,7 @@
 import logging
 import os
 from collections.abc import Sequence
-
-import ray
+from functools import partial
 
 from torchspec_lib.config import RunConfig
 from torchspec_lib.errors import RecoverableError, StoreFullError
@@ -27,23 +26,30 @@ class EngineActor(RayActor):
 
     def __init__(self, spec: EngineSpec) -> None:
         super().__init__("engine", spec.rank, spec.run.cluster.device)
-        was_lost = ray.get_runtime_context().was_current_actor_reconstructed
         try:
             self._open(spec)
         except (RecoverableError, StoreFullError) as error:
-            if not was_lost:
+            if not self.is_restarted:
                 raise
             # Ray starts an actor again whose process died, but not one whose constructor raised.
             logger.error("event=engine_start_failed engine=%d cause=%s", spec.rank, error)  # noqa: TRY400
             os._exit(1)
-        if was_lost:
+        if self.is_restarted:
             logger.warning("event=recovered part=%r", f"engine {spec.rank}")
 
     def _open(self, spec: EngineSpec) -> None:
         patience_s = _store_patience_s(spec.run)
-        self._store = connect(spec.store_address, self.node_ip, True, patience_s, patience_s)
+        attach = partial(
+            connect,
+            spec.store_address,
+            self.node_ip,
+            put_timeout_s=patience_s,
+            retry_timeout_s=patience_s,
+        )
+        self._store = attach(owns_memory=True)
         self._fence = StartFence(self._store, spec.store_address.run_id)
-        self._engine = build_engine(spec, self._store, self.device)
+        engine_attaches = partial(attach, owns_memory=False)
+        self._engine = build_engine(spec, self._store, self.device, engine_attaches)
         check = self._engine.self_check()
         logger.info(
             "event=self_check tokens=%d max_relative_error=%.2e argmax_agreement=%.3f",

@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import warnings
 from typing import TYPE_CHECKING, Literal
 
 import ray
@@ -47,6 +48,14 @@ class RayActor:
         logs.setup(role, rank, logging.WARNING)
         self.node_ip: str = ray.util.get_node_ip_address()
         self.device = _use_device(device, self.node_ip)
+
+    @property
+    def is_restarted(self) -> bool:
+        """Whether Ray has started this actor before, and lost it."""
+        with warnings.catch_warnings():  # Ray calls a function of its own that it deprecates
+            warnings.simplefilter("ignore")
+            restarted: bool = ray.get_runtime_context().was_current_actor_reconstructed
+        return restarted
 
     def hold_port(self) -> HeldPort:
         """Take a port of this node, and keep it until ``release()``."""

@@ -8,12 +8,12 @@ import logging
 from collections.abc import Sequence
 from typing import Self
 
-import numpy as np
 import torch
 from torch import nn
 
 from torchspec_lib.errors import EngineError, StoreFullError, StoreUnavailableError
 from torchspec_lib.inference.engine.base import SelfCheck
+from torchspec_lib.inference.engine.checks import MAX_LOGIT_ERROR, probe_prompt, problem_of
 from torchspec_lib.models.target_head import TargetHead
 from torchspec_lib.models.target_model import captured_outputs, decoder_parts, load_target
 from torchspec_lib.target import TargetSpec
@@ -27,9 +27,6 @@ from torchspec_lib.types import (
 )
 
 logger = logging.getLogger(__name__)
-
-MAX_LOGIT_ERROR = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest difference of rebuilt logits, relative to the largest logit, by dtype."""
 
 
 class HFEngine:
@@ -67,7 +64,7 @@ class HFEngine:
         return [self._capture_one(request) for request in requests]
 
     def _capture_one(self, request: CaptureRequest) -> CaptureResult:
-        problem = self._problem(request.prompt)
+        problem = problem_of(request.prompt, self._target)
         if problem is not None:
             return CaptureFailure(request.key, problem, "prompt")
         try:
@@ -79,15 +76,6 @@ class HFEngine:
         except RuntimeError as error:  # torch's own: out of memory, shapes that don't fit
             logger.warning("event=forward_failed sample=%s error=%s", request.key, error)
             return CaptureFailure(request.key, "the target's forward failed", "engine")
-
-    def _problem(self, prompt: Prompt) -> str | None:
-        """Why the target can't run a prompt at all, if so."""
-        if prompt.num_tokens > self._target.max_position_embeddings:
-            return "longer than the target's max_position_embeddings"
-        ids = prompt.token_ids
-        if len(ids) == 0 or ids.min() < 0 or ids.max() >= self._target.vocab_size:
-            return "token ids outside the target's vocabulary"
-        return None
 
     def _states(self, prompt: Prompt) -> dict[str, torch.Tensor]:
         """What a sample holds; see ``SampleRef``."""
@@ -112,7 +100,7 @@ class HFEngine:
         Raises:
             EngineError: The states differ from the target's own.
         """
-        prompt = _probe_prompt(self._target)
+        prompt = probe_prompt(self._target)
         ref = self._store.put(
             SampleKey.first("self-check", 0, prompt.prompt_id), self._states(prompt)
         )
@@ -149,10 +137,3 @@ class HFEngine:
         del self._model, self._decoder, self._layers, self._final_norm
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _probe_prompt(target: TargetSpec) -> Prompt:
-    """Distinct, spread-out ids: any mix-up of positions shows."""
-    num_tokens = min(32, target.max_position_embeddings)
-    ids = (np.arange(1, num_tokens + 1) * 7919) % target.vocab_size
-    return Prompt("probe", ids.astype(np.int32), np.ones(num_tokens, np.bool_))

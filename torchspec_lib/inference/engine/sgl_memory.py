@@ -1,0 +1,79 @@
+"""How SGLang and a trainer rank share a GPU."""
+
+from torchspec_lib.config import RunConfig
+from torchspec_lib.errors import ConfigError
+from torchspec_lib.inference.engine.checks import weight_bytes
+from torchspec_lib.plan import DTYPE_BYTES
+from torchspec_lib.target import TargetSpec, aux_layer_ids
+
+GIB = 1 << 30
+PROCESS_BYTES = 2 * GIB
+"""CUDA's context, kernels and libraries of two processes."""
+_SLACK = 1.1
+
+
+def colocated_fraction(
+    run: RunConfig, target: TargetSpec, max_total_tokens: int, gpu_bytes: int
+) -> float:
+    """Share of a GPU for SGLang's weights and cache beside a trainer rank.
+
+    Its weights and its cache get what they need and no more; forwards, captured states and the
+    trainer take the rest.
+
+    Raises:
+        ConfigError: They don't fit.
+    """
+    static = _SLACK * (
+        weight_bytes(target) + max_total_tokens * _cache_bytes_per_token(run, target)
+    )
+    forward = run.inference.sglang.prefill_tokens * _forward_bytes_per_token(run, target)
+    trainer = trainer_bytes(run, target)
+    needed = static + forward + trainer + PROCESS_BYTES
+    if needed > gpu_bytes:
+        raise ConfigError(
+            "cluster.placement",
+            f"'colocate' needs {needed / GIB:.0f} GiB of a GPU with {gpu_bytes / GIB:.0f}: "
+            f"{static / GIB:.0f} for SGLang's weights and cache, {forward / GIB:.0f} for its "
+            f"forwards, {trainer / GIB:.0f} for the trainer",
+            "Use 'separate', or lower training.micro_batch_tokens or "
+            "inference.sglang.prefill_tokens",
+        )
+    return static / gpu_bytes
+
+
+def trainer_bytes(run: RunConfig, target: TargetSpec) -> float:
+    """What a trainer rank needs, at most: an estimate from the draft's shapes.
+
+    Parameters, gradients and two moments in float32 are shared by the ranks; the copy that
+    computes and the target's embedding and head are not. A token keeps some 24 vectors of the
+    hidden size, 4 of the intermediate size and its logits for each depth.
+    """
+    hidden, ranks = target.hidden_size, run.training.world_size
+    vocab = run.draft.vocab_size or target.vocab_size
+    intermediate = run.draft.intermediate_size or target.intermediate_size
+    queries = target.num_attention_heads * target.head_dim
+    keys = target.num_key_value_heads * target.head_dim
+    num_aux = len(aux_layer_ids(run.draft, target))
+    draft = (
+        num_aux * hidden * hidden
+        + 2 * hidden * (queries + 2 * keys)
+        + hidden * queries
+        + 3 * hidden * intermediate
+        + vocab * hidden
+    )
+    frozen = 2 * target.vocab_size * hidden * DTYPE_BYTES[run.model.dtype]
+    per_depth = DTYPE_BYTES[run.training.compute_dtype] * (24 * hidden + 4 * intermediate)
+    kept = run.training.micro_batch_tokens * run.draft.ttt_steps * (per_depth + 6 * vocab)
+    return draft * (16 / ranks + 4) + frozen + kept
+
+
+def _cache_bytes_per_token(run: RunConfig, target: TargetSpec) -> int:
+    keys = target.num_key_value_heads * target.head_dim
+    return 2 * target.num_layers * keys * DTYPE_BYTES[run.model.dtype]
+
+
+def _forward_bytes_per_token(run: RunConfig, target: TargetSpec) -> int:
+    """The states to be captured, twice (side by side and packed), and a layer's own."""
+    num_states = len(aux_layer_ids(run.draft, target)) + 1
+    layer = 8 * target.hidden_size + 4 * target.intermediate_size
+    return (2 * num_states * target.hidden_size + layer) * DTYPE_BYTES[run.model.dtype]
