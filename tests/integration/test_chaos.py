@@ -152,7 +152,7 @@ def check(disturbed: DisturbedRun, draft: dict[str, str], losses: list[float]) -
 
 
 def print_table(history: list[tuple[str, float]]) -> None:
-    print(f"\n{len(history)} faults survived; seconds until a step that was never taken before:")
+    print(f"\n{len(history)} faults survived; seconds until a step never taken before:")
     for name in dict.fromkeys(name for name, _ in history):
         seconds = [s for other, s in history if other == name]
         mean = sum(seconds) / len(seconds)
