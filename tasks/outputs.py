@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from flytekit.types.directory import FlyteDirectory
 from flytekit.types.file import FlyteFile
 
-from torchspec_lib.config import RunConfig, Settings
+from torchspec_lib.config.run import RunConfig
+from torchspec_lib.config.settings import Settings
 from torchspec_lib.plan import ClusterPlan
 from torchspec_lib.results import DatasetManifest, EvalReport, TrainSummary
 from torchspec_lib.run_folder import RunFolder

@@ -8,7 +8,7 @@ from typing import Any, Self
 import click
 from pydantic import BaseModel, ModelWrapValidatorHandler, ValidationError, model_validator
 
-from torchspec_lib.config import RunConfig
+from torchspec_lib.config.run import RunConfig
 
 INPUT_NAME = "run"
 """What the workflow and all tasks call it, and so the root of every setting's path."""

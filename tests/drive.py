@@ -11,7 +11,7 @@ from pathlib import Path
 import ray
 from ray._private.internal_api import node_stats
 
-from torchspec_lib.config import RunConfig
+from torchspec_lib.config.run import RunConfig
 from torchspec_lib.data.dataset import prepare_dataset
 from torchspec_lib.errors import TorchSpecError
 from torchspec_lib.joint_cluster import joint_cluster

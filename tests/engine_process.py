@@ -8,7 +8,7 @@ from typing import Any
 
 import psutil
 
-from torchspec_lib.config import RunConfig
+from torchspec_lib.config.run import RunConfig
 from torchspec_lib.errors import TorchSpecError
 from torchspec_lib.inference.engine.sgl_arguments import WHOLE, Part
 from torchspec_lib.target import TargetSpec

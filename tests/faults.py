@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 
 from tests.run_process import Driver, wait_for
-from torchspec_lib.config import PROJECT_ROOT
+from torchspec_lib.config.settings import PROJECT_ROOT
 
 FREEZE_S, SHORTAGE_S = 3.0, 6.0
 SMALL_FILE_BYTES = 64 << 10

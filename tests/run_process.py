@@ -11,7 +11,8 @@ from typing import Any
 
 import psutil
 
-from torchspec_lib.config import PROJECT_ROOT, RunConfig
+from torchspec_lib.config.run import RunConfig
+from torchspec_lib.config.settings import PROJECT_ROOT
 
 TINY = PROJECT_ROOT / "examples" / "tiny_target"
 

@@ -21,7 +21,8 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
 )
 
-from torchspec_lib.config import ModelConfig, RunConfig
+from torchspec_lib.config.models import ModelConfig
+from torchspec_lib.config.run import RunConfig
 from torchspec_lib.models.batch import pack
 from torchspec_lib.target import TargetSpec, read_target
 from torchspec_lib.training.checkpoint import CheckpointFolder

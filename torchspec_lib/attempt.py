@@ -12,7 +12,7 @@ from typing import Any, Self
 import ray
 from tqdm import tqdm
 
-from torchspec_lib.config import RunConfig
+from torchspec_lib.config.run import RunConfig
 from torchspec_lib.controller.actors import AsyncInferenceManager, AsyncTrainingController
 from torchspec_lib.controller.inference_manager import CaptureStats
 from torchspec_lib.controller.limits import CapturePolicy

@@ -15,7 +15,7 @@ import ray
 from tqdm import tqdm
 
 from torchspec_lib.attempt import RunInputs, Standing
-from torchspec_lib.config import RunConfig
+from torchspec_lib.config.run import RunConfig
 from torchspec_lib.inference.engine_actor import EngineActor
 from torchspec_lib.inference.factory import EngineSpec
 from torchspec_lib.plan import ClusterPlan

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import psutil
 
-from torchspec_lib.config import RunConfig, find_path
+from torchspec_lib.config.run import RunConfig
+from torchspec_lib.config.settings import find_path
 from torchspec_lib.errors import ConfigError
 from torchspec_lib.plan import ClusterPlan, make_plan
 from torchspec_lib.ray.capacity import Node, missing_resources, placement_error

@@ -7,7 +7,8 @@ knowable is refused before anything starts.
 import math
 from typing import Literal
 
-from torchspec_lib.config import RunConfig, Settings
+from torchspec_lib.config.run import RunConfig
+from torchspec_lib.config.settings import Settings
 from torchspec_lib.errors import ConfigError
 from torchspec_lib.target import TargetSpec, aux_layer_ids
 

@@ -1,6 +1,6 @@
 """What the stages of a pipeline hand each other and the user: Flyte outputs, so pydantic."""
 
-from torchspec_lib.config import Settings
+from torchspec_lib.config.settings import Settings
 from torchspec_lib.types import Recovery
 
 

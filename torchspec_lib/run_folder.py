@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
-from torchspec_lib.config import RunConfig
+from torchspec_lib.config.run import RunConfig
 from torchspec_lib.errors import ConfigError
 from torchspec_lib.results import DatasetManifest, TrainSummary
 from torchspec_lib.target import TargetSpec

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from torchspec_lib.config import DraftConfig, ModelConfig, Settings, find_path
+from torchspec_lib.config.models import DraftConfig, ModelConfig
+from torchspec_lib.config.settings import Settings, find_path
 from torchspec_lib.errors import ConfigError
 
 _NUM_BLOCKS = 33

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from torchspec_lib.config import PROJECT_ROOT
+from torchspec_lib.config.settings import PROJECT_ROOT
 
 WORKFLOW = "workflows/train_draft.py"
 PYFLYTE = Path(sys.executable).with_name("pyflyte")

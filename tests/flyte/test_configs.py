@@ -10,7 +10,7 @@ from flytekit.configuration import Config, ImageConfig
 
 from tasks import run_input
 from tasks.run_input import RunInput
-from torchspec_lib.config import PROJECT_ROOT, find_path
+from torchspec_lib.config.settings import PROJECT_ROOT, find_path
 
 CONFIGS = sorted((PROJECT_ROOT / "configs").glob("*.yaml"))
 

@@ -12,7 +12,7 @@ from flyteidl.plugins import ray_pb2
 from google.protobuf.json_format import MessageToDict, ParseDict
 from google.protobuf.message import Message
 
-from torchspec_lib.config import PROJECT_ROOT
+from torchspec_lib.config.settings import PROJECT_ROOT
 
 MESSAGES: dict[str, type[Message]] = {
     "1": task_pb2.TaskSpec,

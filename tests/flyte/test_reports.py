@@ -10,7 +10,8 @@ import pytest
 from flytekit import FlyteContextManager
 
 from tasks import draft_reports, reports
-from torchspec_lib.config import DataConfig, ModelConfig, RunConfig
+from torchspec_lib.config.models import DataConfig, ModelConfig
+from torchspec_lib.config.run import RunConfig
 from torchspec_lib.data.chat import ChatTokenizer
 from torchspec_lib.data.dataset import prepare_dataset
 from torchspec_lib.plan import ClusterPlan, make_plan

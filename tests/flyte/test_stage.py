@@ -12,7 +12,7 @@ from flytekit import FlyteContextManager
 from flytekit.core.context_manager import ExecutionState
 
 from tasks.stage import PlainError, stage
-from torchspec_lib.config import PROJECT_ROOT
+from torchspec_lib.config.settings import PROJECT_ROOT
 from torchspec_lib.errors import ConfigError, WorkerLostError
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests.faults import FAULTS, Fault, Scene
 from tests.run_process import Driver, config, wait_for
-from torchspec_lib.config import RunConfig
+from torchspec_lib.config.run import RunConfig
 from torchspec_lib.run_folder import RunFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.mooncake, pytest.mark.chaos]

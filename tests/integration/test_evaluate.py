@@ -5,15 +5,11 @@ import logging
 import pytest
 import torch
 
-from torchspec_lib.config import (
-    PROJECT_ROOT,
-    ClusterConfig,
-    DataConfig,
-    DraftConfig,
-    EvaluationConfig,
-    ModelConfig,
-    RunConfig,
-)
+from torchspec_lib.config.inference import ClusterConfig
+from torchspec_lib.config.models import DataConfig, DraftConfig, ModelConfig
+from torchspec_lib.config.outcome import EvaluationConfig
+from torchspec_lib.config.run import RunConfig
+from torchspec_lib.config.settings import PROJECT_ROOT
 from torchspec_lib.data.dataset import load_draft_vocab, load_heldout, prepare_dataset
 from torchspec_lib.errors import DraftFormatError
 from torchspec_lib.evaluation.evaluate import _Bench, evaluate_draft, prompt_set

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from torchspec_lib.config import ModelConfig
+from torchspec_lib.config.models import ModelConfig
 from torchspec_lib.errors import EngineError
 from torchspec_lib.inference.engine.hf_engine import HFEngine
 from torchspec_lib.target import read_target

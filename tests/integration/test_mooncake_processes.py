@@ -16,7 +16,7 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
-from torchspec_lib.config import TransferConfig
+from torchspec_lib.config.inference import TransferConfig
 from torchspec_lib.errors import SampleLostError, StoreUnavailableError
 from torchspec_lib.transfer.mooncake import processes
 from torchspec_lib.transfer.mooncake.connect import connect

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import ray
 
-from torchspec_lib.config import PROJECT_ROOT
+from torchspec_lib.config.settings import PROJECT_ROOT
 from torchspec_lib.errors import CheckpointError, PlacementError, WorkerLostError
 from torchspec_lib.plan import Bundle, ClusterPlan
 from torchspec_lib.ray.cluster import ray_session

@@ -8,7 +8,10 @@ import sys
 import pytest
 
 from tests.unit.test_gate import make_candidate, make_report
-from torchspec_lib.config import PROJECT_ROOT, DataConfig, ModelConfig, RegistryConfig, RunConfig
+from torchspec_lib.config.models import DataConfig, ModelConfig
+from torchspec_lib.config.outcome import RegistryConfig
+from torchspec_lib.config.run import RunConfig
+from torchspec_lib.config.settings import PROJECT_ROOT
 from torchspec_lib.errors import ConfigError
 from torchspec_lib.registry.registry import (
     champion,

@@ -9,7 +9,7 @@ import pytest
 from transformers import Starcoder2Config, Starcoder2ForCausalLM
 
 from tests.tiny_targets import SIZES
-from torchspec_lib.config import PROJECT_ROOT
+from torchspec_lib.config.settings import PROJECT_ROOT
 
 pytestmark = [
     pytest.mark.sglang,

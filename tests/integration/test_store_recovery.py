@@ -13,7 +13,7 @@ import pytest
 import ray
 import torch
 
-from torchspec_lib.config import TransferConfig
+from torchspec_lib.config.inference import TransferConfig
 from torchspec_lib.errors import SampleLostError, StoreUnavailableError
 from torchspec_lib.transfer.mooncake.connect import connect
 from torchspec_lib.transfer.mooncake.master import MooncakeClient, MooncakeMaster

@@ -5,7 +5,9 @@ import sys
 import pytest
 from pydantic import ValidationError
 
-from torchspec_lib.config import ModelConfig, RunConfig, find_path
+from torchspec_lib.config.models import ModelConfig
+from torchspec_lib.config.run import RunConfig
+from torchspec_lib.config.settings import find_path
 from torchspec_lib.errors import ConfigError
 from torchspec_lib.plan import SEGMENT_SLACK, make_plan
 from torchspec_lib.target import TargetSpec, aux_layer_ids, read_target

@@ -12,7 +12,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from torchspec_lib.config import DataConfig, DraftConfig, ModelConfig, RunConfig, TrainingConfig
+from torchspec_lib.config.models import DataConfig, DraftConfig, ModelConfig
+from torchspec_lib.config.run import RunConfig
+from torchspec_lib.config.training import TrainingConfig
 from torchspec_lib.data.chat import ChatTokenizer
 from torchspec_lib.data.dataset import (
     decoded_spans,
@@ -135,7 +137,7 @@ def test_an_unchanged_rerun_touches_nothing_and_loads_no_tokenizer(root, target)
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     code = (
         "import sys\n"
-        "from torchspec_lib.config import RunConfig\n"
+        "from torchspec_lib.config.run import RunConfig\n"
         "from torchspec_lib.data.dataset import prepare_dataset\n"
         "from torchspec_lib.target import read_target\n"
         "run = RunConfig.model_validate_json(sys.argv[1])\n"
@@ -379,7 +381,7 @@ def test_a_run_killed_half_way_leaves_no_half_data_set(root, target):
     run = make_run(root, target)
     code = (
         "import sys\n"
-        "from torchspec_lib.config import RunConfig\n"
+        "from torchspec_lib.config.run import RunConfig\n"
         "from torchspec_lib.data.dataset import prepare_dataset\n"
         "from torchspec_lib.target import read_target\n"
         "run = RunConfig.model_validate_json(sys.argv[1])\n"

@@ -16,7 +16,7 @@ from tests.unit.eagle3_reference import (
     make_head,
     make_target,
 )
-from torchspec_lib.config import DraftConfig
+from torchspec_lib.config.models import DraftConfig
 from torchspec_lib.errors import ConfigError
 from torchspec_lib.models.draft_config import DraftModelConfig
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from torchspec_lib.config import TrainingConfig
+from torchspec_lib.config.training import TrainingConfig
 from torchspec_lib.training.optimizer import (
     build_optimizer,
     build_scheduler,

@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from torchspec_lib import run_folder
-from torchspec_lib.config import PROJECT_ROOT, RunConfig
+from torchspec_lib.config.run import RunConfig
+from torchspec_lib.config.settings import PROJECT_ROOT
 from torchspec_lib.errors import ConfigError, PlacementError
 from torchspec_lib.pipeline import preflight, provision
 from torchspec_lib.results import DatasetManifest

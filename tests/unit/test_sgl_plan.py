@@ -9,7 +9,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from torchspec_lib.config import PROJECT_ROOT, InferenceConfig, RunConfig
+from torchspec_lib.config.inference import InferenceConfig
+from torchspec_lib.config.run import RunConfig
+from torchspec_lib.config.settings import PROJECT_ROOT
 from torchspec_lib.errors import ConfigError
 from torchspec_lib.inference.engine.sgl_arguments import WHOLE, Part, engine_arguments
 from torchspec_lib.inference.engine.sgl_memory import colocated_fraction, trainer_bytes

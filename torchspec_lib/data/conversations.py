@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from torchspec_lib.config import find_path
+from torchspec_lib.config.settings import find_path
 from torchspec_lib.errors import ConfigError, DataError
 
 Rows = Iterator[tuple[str, Any]]

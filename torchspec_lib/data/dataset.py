@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from torchspec_lib.config import RunConfig
+from torchspec_lib.config.run import RunConfig
 from torchspec_lib.data.chat import ChatTokenizer
 from torchspec_lib.data.conversations import Conversation, Source
 from torchspec_lib.data.selection import HeldoutPrompt, Selection

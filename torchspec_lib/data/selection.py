@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from torchspec_lib.config import DataConfig
+from torchspec_lib.config.models import DataConfig
 from torchspec_lib.data.chat import ChatTokenizer, EncodedChat
 from torchspec_lib.data.conversations import Conversation
 from torchspec_lib.errors import ConfigError, DataError

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from torchspec_lib.config import DataConfig, RunConfig
+from torchspec_lib.config.models import DataConfig
+from torchspec_lib.config.run import RunConfig
 from torchspec_lib.data.conversations import Source, open_source
 from torchspec_lib.target import TargetSpec
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from torchspec_lib.config import RunConfig
+from torchspec_lib.config.run import RunConfig
 from torchspec_lib.data.chat import ChatTokenizer
 from torchspec_lib.data.dataset import load_heldout
 from torchspec_lib.data.selection import HeldoutPrompt

@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 
-from torchspec_lib.config import RunConfig
+from torchspec_lib.config.run import RunConfig
 from torchspec_lib.errors import RecoverableError, StoreFullError
 from torchspec_lib.inference.factory import EngineSpec, build_engine
 from torchspec_lib.inference.start_fence import StartFence

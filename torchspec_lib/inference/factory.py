@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from torchspec_lib.config import RunConfig
+from torchspec_lib.config.run import RunConfig
 from torchspec_lib.inference.engine.base import InferenceEngine
 from torchspec_lib.inference.engine.hf_engine import HFEngine
 from torchspec_lib.inference.engine.sgl_arguments import WHOLE, Part, engine_arguments

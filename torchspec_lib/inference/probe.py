@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from torchspec_lib import logs
-from torchspec_lib.config import RunConfig
+from torchspec_lib.config.run import RunConfig
 from torchspec_lib.errors import TorchSpecError
 from torchspec_lib.inference.engine.checks import probe_prompt
 from torchspec_lib.inference.engine.sgl_check import TransformersReference

@@ -5,7 +5,8 @@ from typing import Any, Self
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from torchspec_lib.config import DraftConfig, DType, Settings
+from torchspec_lib.config.models import DraftConfig
+from torchspec_lib.config.settings import DType, Settings
 from torchspec_lib.errors import ConfigError
 from torchspec_lib.target import TargetSpec, aux_layer_ids
 

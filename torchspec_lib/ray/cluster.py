@@ -18,7 +18,7 @@ from typing import Any, Literal
 import psutil
 import ray
 
-from torchspec_lib.config import PROJECT_ROOT
+from torchspec_lib.config.settings import PROJECT_ROOT
 from torchspec_lib.errors import ConfigError
 from torchspec_lib.plan import ClusterPlan
 from torchspec_lib.ray.capacity import missing_resources, placement_error

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchspec_lib.config import PROJECT_ROOT
+from torchspec_lib.config.settings import PROJECT_ROOT
 from torchspec_lib.results import DatasetManifest, EvalReport, TrainSummary
 from torchspec_lib.target import TargetSpec
 

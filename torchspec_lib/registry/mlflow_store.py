@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torchspec_lib.config import RunConfig
+from torchspec_lib.config.run import RunConfig
 from torchspec_lib.registry.candidate import MODEL_CARD, Candidate, code_version
 from torchspec_lib.registry.gate import conditions
 from torchspec_lib.registry.model_card import model_card

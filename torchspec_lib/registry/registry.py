@@ -10,7 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from torchspec_lib.config import RunConfig
+from torchspec_lib.config.run import RunConfig
 from torchspec_lib.errors import ConfigError
 from torchspec_lib.registry.candidate import Candidate, content_hash
 from torchspec_lib.registry.gate import GateDecision, check_champion, check_draft, conditions

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from torchspec_lib.config import RunConfig
+from torchspec_lib.config.run import RunConfig
 from torchspec_lib.errors import UserError
 from torchspec_lib.models.batch import PackedBatch, empty_batch
 from torchspec_lib.models.draft_config import DraftModelConfig

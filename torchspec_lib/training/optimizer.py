@@ -7,7 +7,7 @@ import torch
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from torchspec_lib.config import TrainingConfig
+from torchspec_lib.config.training import TrainingConfig
 
 
 def build_optimizer(parameters: Iterable[torch.nn.Parameter], training: TrainingConfig) -> AdamW:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from torchspec_lib.config import RunConfig
+from torchspec_lib.config.run import RunConfig
 from torchspec_lib.data.dataset import load_draft_vocab
 from torchspec_lib.plan import ClusterPlan
 from torchspec_lib.ray.failures import get

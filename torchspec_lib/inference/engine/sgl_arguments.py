@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torchspec_lib.config import RunConfig
+from torchspec_lib.config.run import RunConfig
 from torchspec_lib.target import TargetSpec
 
 KV_CACHE_FORWARDS = 4

@@ -1,6 +1,6 @@
 """How SGLang and a trainer rank share a GPU."""
 
-from torchspec_lib.config import RunConfig
+from torchspec_lib.config.run import RunConfig
 from torchspec_lib.errors import ConfigError
 from torchspec_lib.inference.engine.checks import weight_bytes
 from torchspec_lib.plan import DTYPE_BYTES

@@ -9,7 +9,7 @@ The actors are asynchronous for ``watch``: it waits as long as the run, beside o
 
 import asyncio
 
-from torchspec_lib.config import TransferConfig
+from torchspec_lib.config.inference import TransferConfig
 from torchspec_lib.transfer.mooncake.managed_process import ManagedProcess
 from torchspec_lib.transfer.mooncake.processes import (
     MasterEndpoint,

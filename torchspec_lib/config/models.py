@@ -1,0 +1,53 @@
+"""The target, the conversations, and the draft's shape."""
+
+from typing import Annotated, Self
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from torchspec_lib.config.settings import DType, Settings
+
+
+class ModelConfig(Settings):
+    """The frozen target model."""
+
+    target: str
+    """A Hugging Face model id, or a folder with ``config.json`` and safetensors."""
+    dtype: DType = "bfloat16"
+    """What the target runs in, its states travel in and the draft is exported in."""
+    trust_remote_code: bool = False
+
+
+class DataConfig(Settings):
+    """Conversations, and how they become prompts."""
+
+    train: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Files (.json, .jsonl, .parquet) or Hugging Face data set ids, read in this order."""
+    heldout: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Conversations for evaluation. Those that also occur in ``train`` are left out of training."""
+    split: str = "train"
+    """Which split of a Hugging Face data set to read."""
+    max_length: PositiveInt = 4096
+    """Longest conversation in tokens; longer ones are filtered out and counted."""
+    min_loss_tokens: PositiveInt = 4
+    """Fewest supervised tokens of a conversation worth training on."""
+    max_prompts: PositiveInt | None = None
+    """Train on the first so many usable conversations only."""
+
+
+class DraftConfig(Settings):
+    """The draft's shape. What is left out follows the target."""
+
+    aux_layer_ids: tuple[NonNegativeInt, ...] | None = None
+    """Target layers (output of layer L, from 0) that the draft reads, ascending."""
+    vocab_size: PositiveInt | None = None
+    """Draft vocabulary: the most frequent supervised tokens. All of the target's if left out."""
+    intermediate_size: PositiveInt | None = None
+    ttt_steps: PositiveInt = 7
+    """Depth of the training-time test."""
+
+    @model_validator(mode="after")
+    def _aux_layers_ascend(self) -> Self:
+        ids = self.aux_layer_ids
+        if ids is not None and (not ids or list(ids) != sorted(set(ids))):
+            raise ValueError(f"aux_layer_ids must be unique and ascending, not {list(ids)}")
+        return self

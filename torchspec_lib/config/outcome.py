@@ -1,0 +1,26 @@
+"""Evaluation of a draft, the gate and the registry."""
+
+from typing import Annotated
+
+from pydantic import Field, PositiveInt
+
+from torchspec_lib.config.settings import Settings
+
+
+class EvaluationConfig(Settings):
+    """Real speculative decoding of held-out prompts: greedy, one chain."""
+
+    draft_steps: PositiveInt = 5
+    """Tokens that the draft proposes per verification."""
+    max_new_tokens: PositiveInt = 128
+    max_prompts: PositiveInt | None = None
+
+
+class RegistryConfig(Settings):
+    """The gate, and where drafts are registered."""
+
+    model_name: str = "eagle3-draft"
+    tracking_uri: str | None = None
+    """An MLflow tracking URI. An SQLite file under ``data_root`` if left out."""
+    min_accept_length: Annotated[float, Field(ge=1.0)] = 1.0
+    """A draft below this is not registered."""

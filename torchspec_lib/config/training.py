@@ -1,0 +1,88 @@
+"""Optimizer steps, and what happens when a part of a run is lost."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from torchspec_lib.config.settings import Fraction, Settings, find_path
+
+
+class TrainingConfig(Settings):
+    """What an optimizer step is, and how many there are."""
+
+    training_num_nodes: PositiveInt = 1
+    training_num_gpus_per_node: PositiveInt = 1
+    """Trainer ranks per node; each has one GPU, or with ``cluster.device: cpu`` one core."""
+    num_epochs: PositiveInt = 1
+    global_batch_size: PositiveInt = 16
+    """Samples per optimizer step over all ranks."""
+    micro_batch_tokens: PositiveInt = 16384
+    """Samples of a rank are packed into micro-batches of at most so many tokens."""
+    learning_rate: PositiveFloat = 1e-4
+    min_learning_rate: NonNegativeFloat = 0.0
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: Fraction = 0.015
+    """Share of all steps in which the learning rate rises from zero."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    weight_decay: NonNegativeFloat = 0.0
+    max_grad_norm: PositiveFloat = 0.5
+    loss_reduction: Literal["token", "sample"] = "token"
+    """Whether every token or every sample weighs alike."""
+    depth_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
+    """Depth k of the training-time test weighs ``depth_decay ** k``."""
+    compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Matrix products; parameters, softmax and gradient sums are always float32."""
+    prefetch_steps: PositiveInt = 2
+    """Steps whose samples a rank fetches ahead."""
+    checkpoint_interval: PositiveInt = 1000
+    """Steps between checkpoints."""
+    keep_checkpoints: PositiveInt = 2
+    """Newest checkpoints that stay, besides the one with the best accept length."""
+    continual_from: str | None = None
+    """A checkpoint or an exported draft whose weights the draft starts from. Weights alone:
+    optimizer, schedule and accounts start anew."""
+
+    @property
+    def world_size(self) -> int:
+        return self.training_num_nodes * self.training_num_gpus_per_node
+
+    @property
+    def continual_path(self) -> Path:
+        """Where ``continual_from`` is.
+
+        Raises:
+            ConfigError: It isn't there.
+        """
+        assert self.continual_from is not None, "nothing to continue"
+        return find_path(self.continual_from, "training.continual_from")
+
+    @model_validator(mode="after")
+    def _rates_fit(self) -> Self:
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate ({self.min_learning_rate}) must not exceed "
+                f"learning_rate ({self.learning_rate})"
+            )
+        return self
+
+
+class RecoveryConfig(Settings):
+    """What happens when a part of a run dies or hangs. Changes nothing of what is trained."""
+
+    max_restarts: NonNegativeInt = 5
+    """Restarts of the same part in a row, without progress in between."""
+    hang_timeout_s: PositiveFloat = 300.0
+    """A part that gets nowhere for so long is ended and started again. Must be longer than any
+    step, and than an engine takes for ``inference.request_size`` prompts."""
+    grace_s: PositiveFloat = 25.0
+    """For saving a checkpoint when the run is interrupted by SIGTERM or Ctrl-C."""
+    on_damaged_checkpoint: Literal["fail", "use_older"] = "fail"
+    """``use_older`` sets damaged checkpoints aside and resumes from the newest whole one."""
