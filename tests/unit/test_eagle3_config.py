@@ -80,6 +80,14 @@ def test_a_draft_takes_its_sizes_from_the_target_unless_told_otherwise():
     assert config.rope_parameters == target.rope_parameters
 
 
+@pytest.mark.parametrize("flag", ["fc_norm", "norm_output"])
+def test_each_norm_of_eagle_3_1_is_a_setting_of_its_own(flag):
+    settings = DraftConfig(**{flag: True})
+    config = DraftModelConfig.from_target(make_target(num_layers=8), settings, 11, "float16")
+    both = {"fc_norm", "norm_output"}
+    assert config.model_dump(include=both) == {name: name == flag for name in both}
+
+
 @pytest.mark.parametrize(
     ("target", "vocab_size", "key"),
     [

@@ -44,6 +44,10 @@ class DraftConfig(Settings):
     intermediate_size: PositiveInt | None = None
     ttt_steps: PositiveInt = 7
     """Depth of the training-time test."""
+    fc_norm: bool = False
+    """EAGLE-3.1: normalise every auxiliary state before they are joined."""
+    norm_output: bool = False
+    """EAGLE-3.1: the next depth reads the draft's state after the final norm."""
 
     @model_validator(mode="after")
     def _aux_layers_ascend(self) -> Self:

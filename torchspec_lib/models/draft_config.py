@@ -119,6 +119,8 @@ class DraftModelConfig(Settings):
                 "dtype": dtype,
                 "bos_token_id": target.bos_token_id,
                 "eos_token_ids": target.eos_token_ids,
+                "fc_norm": draft.fc_norm,
+                "norm_output": draft.norm_output,
             }
         )
 
