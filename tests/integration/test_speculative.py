@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from torchspec_lib.evaluation.speculative import (
     ChainDrafter,
     SpeculativeDecoder,
+    TargetChoice,
     decode_plain,
 )
 from torchspec_lib.models.draft_config import DraftModelConfig
@@ -85,19 +86,61 @@ class Oracle:
         ]
 
 
+def greedy(max_new_tokens):
+    return TargetChoice(0.0, max_new_tokens)
+
+
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 7, 40])
 @pytest.mark.parametrize("pruned", [False, True])
 def test_any_draft_leaves_the_output_as_it_is(model, pruned, max_new_tokens):
     vocab = DRAFT_VOCAB if pruned else None
     draft = make_draft(len(DRAFT_VOCAB) if pruned else VOCAB)
     drafter = ChainDrafter(draft, model.get_input_embeddings(), vocab, STEPS)
-    decoder = SpeculativeDecoder(model, AUX, drafter)
+    decoder = SpeculativeDecoder(model, greedy(max_new_tokens), AUX, drafter)
     for prompt in prompts():
-        plain = decode_plain(model, prompt, max_new_tokens, ())
-        decoded = decoder.decode(prompt, max_new_tokens, ())
+        plain = decode_plain(model, prompt, greedy(max_new_tokens), ())
+        decoded = decoder.decode(prompt, ())
         assert decoded.token_ids == plain
         assert len(plain) == max_new_tokens
         assert decoded.counts.num_new_tokens == max_new_tokens
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("drafter", ["draft", "oracle"])
+def test_sampling_with_a_draft_gives_the_answer_that_sampling_without_it_gives(
+    model, temperature, drafter
+):
+    choose = TargetChoice(temperature, 40)
+    for prompt in prompts():
+        plain = decode_plain(model, prompt, choose, ())
+        assert plain != decode_plain(model, prompt, greedy(40), ())
+        if drafter == "oracle":
+            proposes = Oracle(plain, len(prompt), STEPS, wrong_every=3)
+        else:
+            proposes = ChainDrafter(make_draft(VOCAB), model.get_input_embeddings(), None, STEPS)
+        decoded = SpeculativeDecoder(model, choose, AUX, proposes).decode(prompt, ())
+        assert decoded.token_ids == plain
+        assert decoded.counts.num_new_tokens == 40
+
+
+def test_tokens_are_drawn_as_often_as_the_target_has_them_likely_at_that_temperature():
+    choose = TargetChoice(0.5, 20_000)
+    choose.start([1, 2, 3])
+    logits = torch.tensor([0.0, 1.0, -1.0, float("-inf"), 0.5])
+    drawn = choose(logits.expand(20_000, 5), 0)
+    shares = np.bincount(drawn, minlength=5) / 20_000
+    assert shares[3] == 0.0
+    assert np.abs(shares - (logits / 0.5).softmax(-1).numpy()).max() < 0.01
+
+
+def test_another_prompt_or_seed_draws_other_numbers_and_the_same_ones_draw_the_same():
+    def draw(seed, prompt):
+        choose = TargetChoice(1.0, 50, seed)
+        choose.start(prompt)
+        return choose(torch.zeros(50, VOCAB), 0)
+
+    assert draw(0, [1, 2]) == draw(0, [1, 2])
+    assert len({tuple(draw(*case)) for case in ((0, [1, 2]), (0, [1, 3]), (1, [1, 2]))}) == 3
 
 
 def test_plain_decoding_equals_generate_of_transformers(model):
@@ -109,15 +152,17 @@ def test_plain_decoding_equals_generate_of_transformers(model):
         pad_token_id=0,
         eos_token_id=None,
     )
-    assert decode_plain(model, prompt, 20, ()) == out[0, len(prompt) :].tolist()
+    assert decode_plain(model, prompt, greedy(20), ()) == out[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("max_new_tokens", [3, 21, 22, 25, 26])
 def test_a_draft_that_is_always_right_gives_k_plus_one_tokens_a_forward(model, max_new_tokens):
     for prompt in prompts(2):
-        plain = decode_plain(model, prompt, max_new_tokens, ())
-        decoder = SpeculativeDecoder(model, AUX, Oracle(plain, len(prompt), STEPS))
-        decoded = decoder.decode(prompt, max_new_tokens, ())
+        plain = decode_plain(model, prompt, greedy(max_new_tokens), ())
+        decoder = SpeculativeDecoder(
+            model, greedy(max_new_tokens), AUX, Oracle(plain, len(prompt), STEPS)
+        )
+        decoded = decoder.decode(prompt, ())
         assert decoded.token_ids == plain
         assert len(decoded.accepted) == -(-(max_new_tokens - 1) // (STEPS + 1))
         assert set(decoded.accepted[:-1]) <= {STEPS}
@@ -127,9 +172,9 @@ def test_a_draft_that_is_always_right_gives_k_plus_one_tokens_a_forward(model, m
 @pytest.mark.parametrize("wrong_every", [2, 3, 4])
 def test_chains_that_are_right_in_part_are_accepted_in_part(model, wrong_every):
     prompt = prompts()[1]
-    plain = decode_plain(model, prompt, 30, ())
+    plain = decode_plain(model, prompt, greedy(30), ())
     oracle = Oracle(plain, len(prompt), STEPS, wrong_every)
-    decoded = SpeculativeDecoder(model, AUX, oracle).decode(prompt, 30, ())
+    decoded = SpeculativeDecoder(model, greedy(30), AUX, oracle).decode(prompt, ())
     assert decoded.token_ids == plain
     assert 0 < max(decoded.accepted) < STEPS + 1
     assert min(decoded.accepted) < STEPS
@@ -138,22 +183,22 @@ def test_chains_that_are_right_in_part_are_accepted_in_part(model, wrong_every):
 @pytest.mark.parametrize("wrong_every", [0, 3])
 def test_an_end_inside_a_chain_ends_the_output_there(model, wrong_every):
     for prompt in prompts():
-        plain = decode_plain(model, prompt, 30, ())
+        plain = decode_plain(model, prompt, greedy(30), ())
         for place in range(12):
             eos = {plain[place]}
-            ended = decode_plain(model, prompt, 30, eos)
+            ended = decode_plain(model, prompt, greedy(30), eos)
             assert ended == plain[: plain.index(plain[place]) + 1]
             oracle = Oracle(plain, len(prompt), STEPS, wrong_every)
-            decoded = SpeculativeDecoder(model, AUX, oracle).decode(prompt, 30, eos)
+            decoded = SpeculativeDecoder(model, greedy(30), AUX, oracle).decode(prompt, eos)
             assert decoded.token_ids == ended
             assert decoded.counts.num_new_tokens == len(ended)
 
 
 def test_the_drafter_gets_each_token_with_the_targets_states_of_the_position_before(model):
     prompt = prompts()[3]
-    plain = decode_plain(model, prompt, 20, ())
+    plain = decode_plain(model, prompt, greedy(20), ())
     oracle = Oracle(plain, len(prompt), STEPS, wrong_every=3)
-    SpeculativeDecoder(model, AUX, oracle).decode(prompt, 20, ())
+    SpeculativeDecoder(model, greedy(20), AUX, oracle).decode(prompt, ())
 
     tokens = [token for call, _ in oracle.calls for token in call]
     document = prompt + plain

@@ -2,18 +2,21 @@
 
 from typing import Annotated
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from torchspec_lib.config.settings import Settings
 
 
 class EvaluationConfig(Settings):
-    """Real speculative decoding of held-out prompts: greedy, one chain."""
+    """Real speculative decoding of held-out prompts, with one chain."""
 
     draft_steps: PositiveInt = 5
     """Tokens that the draft proposes per verification."""
     max_new_tokens: PositiveInt = 128
     max_prompts: PositiveInt | None = None
+    temperature: NonNegativeFloat = 0.0
+    """0 is greedy. Above, plain and speculative decoding draw with the same random numbers, so
+    that their answers can still be compared token by token."""
 
 
 class RegistryConfig(Settings):

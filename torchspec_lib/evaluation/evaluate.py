@@ -22,6 +22,7 @@ from torchspec_lib.evaluation.speculative import (
     ChainDrafter,
     Decoded,
     SpeculativeDecoder,
+    TargetChoice,
     decode_plain,
     length_of_agreement,
 )
@@ -75,7 +76,7 @@ def evaluate_draft(
     return EvalReport(
         engine=ENGINE,
         draft_steps=run.evaluation.draft_steps,
-        temperature=0.0,
+        temperature=run.evaluation.temperature,
         prompt_set=prompt_set(prompts),
         max_new_tokens=run.evaluation.max_new_tokens,
         num_prompts=len(results),
@@ -112,13 +113,15 @@ class _Bench:
         self, run: RunConfig, target: TargetSpec, model: nn.Module, loaded: LoadedDraft
     ) -> None:
         self._model, self._eos_ids = model, frozenset(target.eos_token_ids)
-        self._max_new_tokens = run.evaluation.max_new_tokens
-        self._draft_steps = run.evaluation.draft_steps
+        settings = run.evaluation
+        self._choose = TargetChoice(settings.temperature, settings.max_new_tokens, run.seed)
+        self._draft_steps = settings.draft_steps
         self._device = torch.device(run.cluster.device)
         self._config = loaded.config
         draft, embed = loaded.draft.to(self._device), model.get_submodule("model.embed_tokens")
         self._drafter = ChainDrafter(draft, embed, loaded.draft_vocab, self._draft_steps)
-        self._decoder = SpeculativeDecoder(model, loaded.config.aux_layer_ids, self._drafter)
+        aux_layer_ids = loaded.config.aux_layer_ids
+        self._decoder = SpeculativeDecoder(model, self._choose, aux_layer_ids, self._drafter)
 
     def warm_up(self, prompt: HeldoutPrompt) -> None:
         """Decode a prompt unmeasured: the first kernels and allocations are dear."""
@@ -159,7 +162,10 @@ class _Bench:
     @torch.inference_mode()
     def step_costs(self, prompt: HeldoutPrompt) -> tuple[float, float]:
         """Seconds of one draft forward and of one target forward of a token, after a prompt."""
-        target, token_ids = CachedTarget(self._model), prompt.prompt_token_ids.tolist()
+        target, token_ids = (
+            CachedTarget(self._model, self._choose),
+            prompt.prompt_token_ids.tolist(),
+        )
         states_TA = torch.zeros(len(token_ids), self._config.aux_width, device=self._device)
         target.start(token_ids)
         self._drafter.start()
@@ -172,11 +178,11 @@ class _Bench:
 
     def _plain(self, prompt: HeldoutPrompt) -> list[int]:
         ids = prompt.prompt_token_ids.tolist()
-        return decode_plain(self._model, ids, self._max_new_tokens, self._eos_ids)
+        return decode_plain(self._model, ids, self._choose, self._eos_ids)
 
     def _speculative(self, prompt: HeldoutPrompt) -> Decoded:
         ids = prompt.prompt_token_ids.tolist()
-        return self._decoder.decode(ids, self._max_new_tokens, self._eos_ids)
+        return self._decoder.decode(ids, self._eos_ids)
 
 
 def _timed(call: Callable[[], _Result]) -> tuple[_Result, float]:

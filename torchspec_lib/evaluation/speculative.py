@@ -1,11 +1,15 @@
-"""Greedy decoding with a Hugging Face target: plainly, and with chains of a draft (batch 1).
+"""Decoding with a Hugging Face target: plainly, and with chains of a draft (batch 1).
 
-Shapes: ``T`` new rows, ``A`` width of the concatenated auxiliary states, ``H`` hidden size.
+Shapes: ``T`` new rows, ``V`` target vocabulary, ``A`` width of the concatenated auxiliary
+states, ``H`` hidden size.
 
-A target forward of the last emitted token and K draft tokens gives K + 1 greedy choices. Draft
-tokens are accepted as long as they equal the choices, and the first other choice is emitted in
-their place: so the output is plain greedy decoding's (Leviathan et al. 2023, arXiv 2211.17192),
-as far as the target gives the same choice for one row at a time and for K + 1 rows at once.
+A target forward of the last emitted token and K draft tokens gives K + 1 choices of the target's.
+Draft tokens are accepted as long as they equal the choices, and the first other choice is emitted
+in their place: so the output is plain decoding's, as far as the target gives the same logits for
+one row at a time and for K + 1 rows at once. A draft's chain is greedy, so a token x of it is
+accepted with the probability p(x) that the target would have drawn it, and in its place comes a
+draw from p without x: the exact rule of speculative sampling (Leviathan et al. 2023,
+arXiv 2211.17192, section 2.3, for a draft that is certain), as engines have it for EAGLE.
 """
 
 from collections.abc import Collection, Sequence
@@ -57,77 +61,120 @@ class Decoded:
         return ChainCounts(self.accepted, len(self.token_ids))
 
 
-class CachedTarget:
-    """A causal LM and the keys and values of one document's tokens so far."""
+class TargetChoice:
+    """Chooses new tokens from the target's logits.
 
-    def __init__(self, model: nn.Module) -> None:
+    Above temperature 0 the n-th new token after a prompt is drawn, by inversion, with the n-th of
+    random numbers that follow from seed and prompt: so that all ways to decode it, in whatever
+    strides, give the same answer.
+    """
+
+    def __init__(self, temperature: float, max_new_tokens: int, seed: int = 0) -> None:
+        """``temperature`` 0 is greedy. ``max_new_tokens``: how many an answer has at most."""
+        self._temperature, self._seed = temperature, seed
+        self.max_new_tokens = max_new_tokens
+        self._numbers_N = torch.empty(0)
+
+    def start(self, prompt_ids: Sequence[int]) -> None:
+        """Begin an answer."""
+        generator = np.random.default_rng([self._seed, *prompt_ids])
+        self._numbers_N = torch.from_numpy(generator.random(self.max_new_tokens, dtype=np.float32))
+
+    def __call__(self, logits_TV: Tensor, first: int) -> list[int]:
+        """A token for every row; the rows belong to new tokens ``first``, ``first`` + 1, ..."""
+        if self._temperature == 0.0:
+            greedy: list[int] = logits_TV.argmax(-1).tolist()
+            return greedy
+        # What a chain proposes beyond the limit is cut off later, so any number will do there.
+        places_T = torch.arange(first, first + len(logits_TV)).clamp(max=self.max_new_tokens - 1)
+        numbers_T = self._numbers_N[places_T].to(logits_TV.device)
+        shares_TV = (logits_TV.float() / self._temperature).softmax(-1).cumsum(-1)
+        shares_TV = shares_TV / shares_TV[:, -1:]
+        drawn: list[int] = torch.searchsorted(shares_TV, numbers_T[:, None], right=True)[
+            :, 0
+        ].tolist()
+        return drawn
+
+
+class CachedTarget:
+    """A causal LM, and the keys and values and number of new tokens of one document so far."""
+
+    def __init__(self, model: nn.Module, choose: TargetChoice) -> None:
         self._model: Any = model
         self._device = next(model.parameters()).device
-        self._cache = DynamicCache()
+        self._cache, self._choose, self._num_new = DynamicCache(), choose, 0
 
     def start(self, prompt_ids: Sequence[int]) -> int:
-        """Begin a document; gives the greedy first token after the prompt."""
-        self._cache = DynamicCache()
-        return self._greedy(prompt_ids, logits_to_keep=1)[0]
+        """Begin a document; gives the first token after the prompt."""
+        self._cache, self._num_new = DynamicCache(), 0
+        self._choose.start(prompt_ids)
+        return self._choices(prompt_ids, logits_to_keep=1)[0]
 
     def extend(self, token_ids: Sequence[int]) -> list[int]:
-        """Run tokens; gives the greedy choice after each of them."""
-        return self._greedy(token_ids, logits_to_keep=len(token_ids))
+        """Run tokens; gives the target's choice after each of them."""
+        return self._choices(token_ids, logits_to_keep=len(token_ids))
 
     def forget(self, num_tokens: int) -> None:
         """Take back the newest tokens."""
         if num_tokens:
             self._cache.crop(-num_tokens)
+            self._num_new -= num_tokens
 
-    def _greedy(self, token_ids: Sequence[int], logits_to_keep: int) -> list[int]:
+    def _choices(self, token_ids: Sequence[int], logits_to_keep: int) -> list[int]:
         out = self._model(
             input_ids=torch.tensor([list(token_ids)], device=self._device),
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=logits_to_keep,
         )
-        greedy: list[int] = out.logits[0].argmax(-1).tolist()
-        return greedy
+        choices = self._choose(out.logits[0], self._num_new)
+        self._num_new += logits_to_keep
+        return choices
 
 
 @torch.inference_mode()
 def decode_plain(
-    model: nn.Module, prompt_ids: Sequence[int], max_new_tokens: int, eos_ids: Collection[int]
+    model: nn.Module, prompt_ids: Sequence[int], choose: TargetChoice, eos_ids: Collection[int]
 ) -> list[int]:
-    """Decode greedily, one token a forward; an end-of-sequence token is the last one emitted."""
-    target = CachedTarget(model)
+    """Decode one token a forward; an end-of-sequence token is the last one emitted."""
+    target = CachedTarget(model, choose)
     emitted = [target.start(prompt_ids)]
-    while len(emitted) < max_new_tokens and emitted[-1] not in eos_ids:
+    while len(emitted) < choose.max_new_tokens and emitted[-1] not in eos_ids:
         emitted += target.extend(emitted[-1:])
     return emitted
 
 
 class SpeculativeDecoder:
-    """Decodes greedily with a drafter's help."""
+    """Decodes with a drafter's help."""
 
-    def __init__(self, model: nn.Module, aux_layer_ids: Sequence[int], drafter: Drafter) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        choose: TargetChoice,
+        aux_layer_ids: Sequence[int],
+        drafter: Drafter,
+    ) -> None:
         """``model``: a causal LM with ``model.layers``; layer ids count these from 0."""
-        self._target, self._drafter = CachedTarget(model), drafter
+        self._target, self._drafter = CachedTarget(model, choose), drafter
+        self._max_new_tokens = choose.max_new_tokens
         _, layers, _ = decoder_parts(model)
         self._layers = [layers[i] for i in aux_layer_ids]
 
     @torch.inference_mode()
-    def decode(
-        self, prompt_ids: Sequence[int], max_new_tokens: int, eos_ids: Collection[int]
-    ) -> Decoded:
+    def decode(self, prompt_ids: Sequence[int], eos_ids: Collection[int]) -> Decoded:
         """Emit what ``decode_plain`` emits."""
         with captured_outputs(self._layers) as states:
             emitted = [self._target.start(prompt_ids)]
             self._drafter.start()
             newest, aux_TA = [*prompt_ids[1:], *emitted], _concat(states)
             accepted = []
-            while len(emitted) < max_new_tokens and emitted[-1] not in eos_ids:
+            while len(emitted) < self._max_new_tokens and emitted[-1] not in eos_ids:
                 chain = self._drafter.propose(newest, aux_TA)
                 choices = self._target.extend([emitted[-1], *chain])
                 num_right = length_of_agreement(chain, choices)
                 newest, aux_TA = choices[: num_right + 1], _concat(states)[: num_right + 1]
                 self._target.forget(len(chain) - num_right)
-                kept = _until_end(newest, max_new_tokens - len(emitted), eos_ids)
+                kept = _until_end(newest, self._max_new_tokens - len(emitted), eos_ids)
                 emitted += kept
                 accepted.append(min(num_right, len(kept)))
         return Decoded(emitted, tuple(accepted))

@@ -36,7 +36,7 @@ def check_draft(report: EvalReport, min_accept_length: float) -> GateDecision:
     if not report.lossless:
         differing = report.num_prompts - report.num_lossless
         problems.append(
-            f"{differing} of {report.num_prompts} answers differ from plain greedy decoding"
+            f"{differing} of {report.num_prompts} answers differ from plain decoding's"
         )
     if length < min_accept_length:
         problems.append(
