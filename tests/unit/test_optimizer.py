@@ -35,6 +35,24 @@ def test_a_cosine_is_flat_at_both_ends_and_a_line_is_not():
     assert cosine[7] < line[7]
 
 
+def test_wsd_warms_up_stays_and_falls_in_a_line_over_its_share_of_the_steps():
+    settings = {"lr_schedule": "wsd", "warmup_ratio": 0.2, "decay_ratio": 0.4}
+    factors = _factors(10, min_learning_rate=2e-4, **settings)
+    assert factors == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr_schedule": "wsd", "warmup_ratio": 0.7, "decay_ratio": 0.4}, "must not exceed"),
+        ({"lr_schedule": "cosine", "decay_ratio": 0.4}, "does nothing with 'cosine'"),
+    ],
+)
+def test_a_decay_that_does_not_fit_or_has_no_effect_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingConfig(**settings)
+
+
 def test_steps_beyond_the_plan_stay_at_the_floor():
     training = TrainingConfig(learning_rate=1e-3, min_learning_rate=1e-4)
     assert learning_rate_factor(500, training, 100) == pytest.approx(0.1)

@@ -28,9 +28,12 @@ class TrainingConfig(Settings):
     """Samples of a rank are packed into micro-batches of at most so many tokens."""
     learning_rate: PositiveFloat = 1e-4
     min_learning_rate: NonNegativeFloat = 0.0
-    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """``wsd``: warm-up, stable, decay."""
     warmup_ratio: Fraction = 0.015
     """Share of all steps in which the learning rate rises from zero."""
+    decay_ratio: Fraction = 0.2
+    """Share of all steps in which it falls at the end, in a line. For ``wsd``."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 0.5
@@ -63,6 +66,21 @@ class TrainingConfig(Settings):
         """
         assert self.continual_from is not None, "nothing to continue"
         return find_path(self.continual_from, "training.continual_from")
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> Self:
+        if self.lr_schedule == "wsd" and self.warmup_ratio + self.decay_ratio > 1.0:
+            raise ValueError(
+                f"warmup_ratio ({self.warmup_ratio}) and decay_ratio ({self.decay_ratio}) must "
+                "not exceed all steps together"
+            )
+        usual = type(self).model_fields["decay_ratio"].default
+        if self.lr_schedule != "wsd" and self.decay_ratio != usual:
+            raise ValueError(
+                f"decay_ratio is for lr_schedule 'wsd' and does nothing with {self.lr_schedule!r}: "
+                "leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _rates_fit(self) -> Self:

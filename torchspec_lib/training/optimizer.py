@@ -32,7 +32,8 @@ def learning_rate_factor(index: int, training: TrainingConfig, num_steps: int) -
 
     Rises in equal parts over the warm-up, none of them zero, so that no step is wasted; then
     stays, or falls to ``min_learning_rate`` in a line or half a cosine (Loshchilov & Hutter
-    2017, equation 5), which it reaches one step after the last.
+    2017, equation 5), which it reaches one step after the last. ``wsd`` stays, and falls in a
+    line over the last steps (Hu et al. 2024, arXiv 2404.06395, section 4.2).
 
     Args:
         index: The step, counted from 0.
@@ -48,7 +49,11 @@ def learning_rate_factor(index: int, training: TrainingConfig, num_steps: int) -
     if training.lr_schedule == "constant":
         return 1.0
     floor = training.min_learning_rate / training.learning_rate
-    progress = min(1.0, (index - num_warmup) / max(1, num_steps - num_warmup))
-    if training.lr_schedule == "linear":
+    num_stable = 0
+    if training.lr_schedule == "wsd":
+        num_stable = num_steps - num_warmup - round(training.decay_ratio * num_steps)
+    num_passed = max(0, index - num_warmup - num_stable)
+    progress = min(1.0, num_passed / max(1, num_steps - num_warmup - num_stable))
+    if training.lr_schedule in ("linear", "wsd"):
         return floor + (1.0 - floor) * (1.0 - progress)
     return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
