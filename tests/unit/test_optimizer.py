@@ -63,18 +63,18 @@ def test_a_run_of_one_step_trains_at_the_full_rate():
 
 
 def test_the_scheduler_drives_the_optimizer_with_the_configured_settings():
-    weight = torch.nn.Parameter(torch.ones(2))
+    model = torch.nn.LayerNorm(2, bias=False)
     training = TrainingConfig(
         learning_rate=1e-3, betas=(0.8, 0.9), weight_decay=0.1, warmup_ratio=0.5
     )
-    optimizer = build_optimizer([weight], training)
+    optimizer = build_optimizer(model, training)
     scheduler = build_scheduler(optimizer, training, num_steps=6)
     [group] = optimizer.param_groups
     assert (group["betas"], group["weight_decay"]) == ((0.8, 0.9), 0.1)
     rates = []
     for _ in range(6):
         rates.append(group["lr"])
-        weight.grad = torch.ones(2)
+        model.weight.grad = torch.ones(2)
         optimizer.step()
         scheduler.step()
     assert rates == pytest.approx([1e-3 * learning_rate_factor(i, training, 6) for i in range(6)])

@@ -80,7 +80,7 @@ class Eagle3Trainer(Trainer):
         self._model = Eagle3Model(draft, run.draft.ttt_steps)
         shard(self._model, device, getattr(torch, run.training.compute_dtype))
         self._head = head.to(device)
-        optimizer = build_optimizer(self._model.parameters(), run.training)
+        optimizer = build_optimizer(self._model, run.training)
         scheduler = build_scheduler(optimizer, run.training, num_steps)
         super().__init__(TrainingState(self._model, optimizer, scheduler), checkpoints)
         depths_K = torch.arange(run.draft.ttt_steps, dtype=torch.float64, device=device)

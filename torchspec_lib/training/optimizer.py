@@ -1,28 +1,72 @@
-"""AdamW, and how its learning rate runs over a training."""
+"""The optimizers, and how their learning rate runs over a training."""
 
 import math
-from collections.abc import Iterable
+from typing import Any
 
 import torch
-from torch.optim import AdamW
+from torch import nn
+from torch.nn import Parameter
+from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from torchspec_lib.config.training import TrainingConfig
 
 
-def build_optimizer(parameters: Iterable[torch.nn.Parameter], training: TrainingConfig) -> AdamW:
-    """AdamW (Loshchilov & Hutter 2019) over all of ``parameters``, in one kernel on a GPU."""
-    trained = list(parameters)
-    return AdamW(
-        trained,
-        lr=training.learning_rate,
-        betas=training.betas,
-        weight_decay=training.weight_decay,
-        fused=all(parameter.is_cuda for parameter in trained),
-    )
+class MuonWithAdamW(Optimizer):
+    """Muon for some parameters and AdamW for the others, as one optimizer.
+
+    Muon (Jordan et al. 2024) steps along the orthogonalised momentum, here scaled to AdamW's usual
+    step size (Liu et al. 2025, arXiv 2502.16982, equation 4): so one learning rate and one weight
+    decay hold for both.
+    """
+
+    def __init__(self, matrices: list[Parameter], others: list[Parameter], **settings: Any) -> None:
+        """``settings`` are AdamW's; Muon takes ``lr`` and ``weight_decay`` of them."""
+        shared = {name: settings[name] for name in ("lr", "weight_decay")}
+        self._muon = Muon(matrices, adjust_lr_fn="match_rms_adamw", **shared)
+        self._adamw = AdamW(others, **settings)
+        super().__init__(self._muon.param_groups + self._adamw.param_groups, {})
+        self._share()
+
+    def _share(self) -> None:
+        """Have both work on this optimizer's groups and state."""
+        self._muon.param_groups, self._adamw.param_groups = (
+            self.param_groups[:1],
+            self.param_groups[1:],
+        )
+        self._muon.state = self._adamw.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share()
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
+        self._muon.step()
+        self._adamw.step()
 
 
-def build_scheduler(optimizer: AdamW, training: TrainingConfig, num_steps: int) -> LambdaLR:
+def build_optimizer(model: nn.Module, training: TrainingConfig) -> Optimizer:
+    """The optimizer over all of a model's parameters.
+
+    AdamW (Loshchilov & Hutter 2019) runs in one kernel on a GPU.
+    """
+    parameters = dict(model.named_parameters())
+    settings: dict[str, Any] = {
+        "lr": training.learning_rate,
+        "betas": training.betas,
+        "weight_decay": training.weight_decay,
+        "fused": all(parameter.is_cuda for parameter in parameters.values()),
+    }
+    if training.optimizer == "adamw":
+        return AdamW(parameters.values(), **settings)
+    inner = {name for name, p in parameters.items() if p.ndim == 2 and "lm_head" not in name}
+    matrices = [parameters[name] for name in parameters if name in inner]
+    others = [parameters[name] for name in parameters if name not in inner]
+    return MuonWithAdamW(matrices, others, **settings)
+
+
+def build_scheduler(optimizer: Optimizer, training: TrainingConfig, num_steps: int) -> LambdaLR:
     """The schedule over ``num_steps`` steps; call its ``step`` after each optimizer step."""
     return LambdaLR(optimizer, lambda index: learning_rate_factor(index, training, num_steps))
 

@@ -1,0 +1,81 @@
+"""Muon under real FSDP2 over Gloo: on one rank, and on two in processes of their own."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.training_cases import (
+    ONE_BATCH,
+    make_trainer,
+    moments_of,
+    on_two_ranks,
+    one_rank,
+    train,
+    weights_of,
+)
+from torchspec_lib.training.optimizer import MuonWithAdamW
+
+MUON = {"optimizer": "muon", "weight_decay": 0.1}
+TWO_RANKS = ([[0, 4], [5]], [[2, 1], [3]])
+
+
+def _work(folder: Path) -> None:
+    trainer = make_trainer(folder, MUON)
+    train(trainer, 1, TWO_RANKS[dist.get_rank()])
+    torch.save(weights_of(trainer), folder / f"{dist.get_rank()}.pt")
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two-ranks")
+    on_two_ranks(_work, folder)
+    return torch.load(folder / "0.pt")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group():
+    with one_rank():
+        yield
+
+
+def test_two_ranks_take_the_step_of_one(two_ranks, tmp_path):
+    trainer = make_trainer(tmp_path, MUON)
+    before = weights_of(trainer)
+    train(trainer, 1, ONE_BATCH)
+    for name, weight in weights_of(trainer).items():
+        step, other = weight - before[name], two_ranks[name] - before[name]
+        assert step.norm() > 0
+        # Muon orthogonalises in bfloat16, which rounds differently in shards.
+        assert (step - other).norm() < 0.05 * step.norm(), name
+
+
+def test_inner_matrices_step_orthogonally_and_the_others_as_with_adamw(tmp_path):
+    steps = {}
+    for optimizer in ("muon", "adamw"):
+        trainer = make_trainer(tmp_path / optimizer, {"optimizer": optimizer})
+        before = weights_of(trainer)
+        train(trainer, 1, ONE_BATCH)
+        steps[optimizer] = {n: w - before[n] for n, w in weights_of(trainer).items()}
+    for name, step in steps["muon"].items():
+        if step.ndim == 1 or "lm_head" in name:
+            assert torch.equal(step, steps["adamw"][name]), name
+        else:
+            ours, theirs = (torch.linalg.svdvals(steps[o][name]) for o in ("muon", "adamw"))
+            assert ours.max() / ours.median() < min(2.0, theirs.max() / theirs.median()), name
+
+
+def test_a_resumed_run_is_the_undisturbed_one_bit_for_bit(tmp_path):
+    straight = make_trainer(tmp_path, MUON, interval=3)
+    train(straight, 6, ONE_BATCH)
+    resumed = make_trainer(tmp_path, MUON, interval=10**6)
+    resumed.resume(tmp_path / "ckpt" / "step_000003")
+    assert isinstance(resumed._state.optimizer, MuonWithAdamW)
+    train(resumed, 6, ONE_BATCH)
+    for name, weight in weights_of(straight).items():
+        assert torch.equal(weight, weights_of(resumed)[name]), name
+    for name, moments in moments_of(straight).items():
+        theirs = moments_of(resumed)[name]
+        assert moments.keys() == theirs.keys()
+        assert all(torch.equal(moments[key], theirs[key]) for key in moments)
