@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.unit.eagle3_reference import make_config, make_draft, make_sample
+from torchspec_lib.config.training import FORWARD_KL
 from torchspec_lib.models.attention import ttt_attention
 from torchspec_lib.models.batch import empty_batch, pack
 from torchspec_lib.models.chains import find_chains
@@ -101,16 +102,17 @@ def test_fused_attention_and_all_its_gradients_equal_the_plain_one(
 
 @pytest.mark.parametrize("vocab", [11, 8192, 32_001, 151_936])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_the_loss_kernel_equals_float64_for_every_vocabulary(vocab, dtype, random):
+@pytest.mark.parametrize("loss", [FORWARD_KL, {"lk_hybrid": 1.0}, {"kl": 0.5, "tv": 2.0}])
+def test_the_loss_kernels_equal_float64_for_every_vocabulary(loss, vocab, dtype, random):
     from torchspec_lib.models.loss_kernels import fused_loss_of_rows_
 
     teacher = (3 * torch.randn(5, vocab, generator=random)).to(dtype)
     logits = (teacher + 0.3 * torch.randn(5, vocab, generator=random)).to(dtype)
     weights = torch.tensor([1.0, 0.25, 0.0, 3.0, 1e-4])
     exact = logits.double()
-    losses, choices = loss_of_rows_(exact, teacher.double(), weights.double())
+    losses, choices = loss_of_rows_(exact, teacher.double(), weights.double(), loss)
     ours = logits.cuda()
-    our_losses, our_choices = fused_loss_of_rows_(ours, teacher.cuda(), weights.cuda())
+    our_losses, our_choices = fused_loss_of_rows_(ours, teacher.cuda(), weights.cuda(), loss)
     assert relative_error(our_losses, losses) < 1e-5
     assert torch.equal(logits.gather(1, our_choices.cpu()[:, None])[:, 0], logits.amax(1))
     assert choices.shape == our_choices.shape

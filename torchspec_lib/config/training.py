@@ -14,6 +14,9 @@ from pydantic import (
 
 from torchspec_lib.config.settings import Fraction, Settings, find_path
 
+LossName = Literal["kl", "tv", "lk_alpha", "lk_hybrid"]
+FORWARD_KL: dict[LossName, float] = {"kl": 1.0}
+
 
 class TrainingConfig(Settings):
     """What an optimizer step is, and how many there are."""
@@ -39,6 +42,11 @@ class TrainingConfig(Settings):
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     weight_decay: NonNegativeFloat = 0.0
     max_grad_norm: PositiveFloat = 0.5
+    loss: Annotated[dict[LossName, PositiveFloat], Field(min_length=1)] = Field(
+        default_factory=lambda: FORWARD_KL
+    )
+    """Weights of what is summed: forward KL divergence, total variation, and the two LK losses
+    that aim at acceptance (arXiv 2602.23881)."""
     loss_reduction: Literal["token", "sample"] = "token"
     """Whether every token or every sample weighs alike."""
     depth_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8

@@ -4,7 +4,7 @@ Shapes: ``C`` chains, ``K`` depths, ``H`` hidden size, ``Vd`` draft vocabulary, 
 block.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from torchspec_lib.config.training import FORWARD_KL, LossName
+from torchspec_lib.models.losses import gradient, mix
 from torchspec_lib.models.precision import at_least_fp32
 from torchspec_lib.models.shared import add_product_
 
@@ -27,15 +29,19 @@ class HeadLoss:
     total: Tensor
     """Scalar, float64: the weighted sum; the only one with a gradient."""
     losses_KC: Tensor
-    """Unweighted, in nats; at least float32."""
+    """Unweighted; at least float32."""
     draft_ids_KC: Tensor
     """int64: the draft's greedy choices."""
 
 
 def head_loss(
-    states: Sequence[Tensor], lm_head_VdH: Tensor, teacher_Vd: Tensor, weights_KC: Tensor
+    states: Sequence[Tensor],
+    lm_head_VdH: Tensor,
+    teacher_Vd: Tensor,
+    weights_KC: Tensor,
+    loss: Mapping[LossName, float] = FORWARD_KL,
 ) -> HeadLoss:
-    """Soft cross entropy of every depth, without the logits of any.
+    """The loss of every depth, without the logits of any.
 
     A forward with gradients computes them for each block while its logits are at hand, the
     head's summed in float32: so no product is computed twice, and the backward only scales them.
@@ -45,15 +51,23 @@ def head_loss(
         lm_head_VdH: The draft's.
         teacher_Vd: The target's logits, [C + K - 1, Vd]: row c + k teaches chain c at depth k.
         weights_KC: Of each chain's loss in the total; 0 where it isn't trained.
+        loss: Weight of each of ``models.losses``.
     """
-    total, losses_KC, draft_ids_KC = _HeadLoss.apply(lm_head_VdH, teacher_Vd, weights_KC, *states)  # type: ignore[no-untyped-call]
+    total, losses_KC, draft_ids_KC = _HeadLoss.apply(
+        lm_head_VdH, teacher_Vd, weights_KC, loss, *states
+    )  # type: ignore[no-untyped-call]
     return HeadLoss(total, losses_KC, draft_ids_KC)
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, lm_head: Tensor, teacher: Tensor, weights_KC: Tensor, *states: Tensor
+        ctx: Any,
+        lm_head: Tensor,
+        teacher: Tensor,
+        weights_KC: Tensor,
+        loss: Mapping[LossName, float],
+        *states: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         exact = torch.promote_types(lm_head.dtype, torch.float32)
         losses_KC = torch.empty(weights_KC.shape, dtype=exact, device=weights_KC.device)
@@ -68,7 +82,7 @@ class _HeadLoss(torch.autograd.Function):
                 logits = F.linear(x[rows], lm_head)
                 shifted = teacher[rows.start + depth : rows.stop + depth]
                 losses_KC[depth, rows], draft_ids_KC[depth, rows] = loss_of_rows(
-                    logits, shifted, scales_KC[depth, rows]
+                    logits, shifted, scales_KC[depth, rows], loss
                 )
                 if head_grad is not None:
                     torch.mm(logits, lm_head, out=state_grads[depth][rows])
@@ -84,10 +98,15 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         head_grad, state_grads = ctx.head_grad, ctx.state_grads
         del ctx.head_grad, ctx.state_grads
-        return head_grad.mul_(scale), None, None, *(grad.mul_(scale) for grad in state_grads)
+        return head_grad.mul_(scale), None, None, None, *(grad.mul_(scale) for grad in state_grads)
 
 
-def loss_of_rows_(logits: Tensor, teacher: Tensor, weights_R: Tensor) -> tuple[Tensor, Tensor]:
+def loss_of_rows_(
+    logits: Tensor,
+    teacher: Tensor,
+    weights_R: Tensor,
+    loss: Mapping[LossName, float] = FORWARD_KL,
+) -> tuple[Tensor, Tensor]:
     """The loss of each row and the draft's choice; in ``logits`` it leaves their gradients.
 
     Both softmaxes and the sum are at least in float32, whatever the logits are in.
@@ -96,19 +115,21 @@ def loss_of_rows_(logits: Tensor, teacher: Tensor, weights_R: Tensor) -> tuple[T
         logits: The draft's, [R, Vd]; overwritten.
         teacher: The target's, [R, Vd].
         weights_R: Factors of the gradients.
+        loss: Weight of each of ``models.losses``.
 
     Returns:
         The unweighted losses [R], and the columns of the highest logits, int64 [R].
     """
     log_probs = at_least_fp32(logits).log_softmax(-1)
-    target_probs = at_least_fp32(teacher).softmax(-1)
-    losses_R = -(target_probs * log_probs).sum(-1)
+    probs, target_probs = log_probs.exp(), at_least_fp32(teacher).softmax(-1)
+    cross_entropy_R = -(target_probs * log_probs).sum(-1)
+    losses = mix(loss, cross_entropy_R, torch.minimum(probs, target_probs).sum(-1))
     draft_ids_R = logits.argmax(-1)
-    logits.copy_((log_probs.exp() - target_probs) * weights_R[:, None])
-    return losses_R, draft_ids_R
+    logits.copy_(gradient(probs, target_probs, losses) * weights_R[:, None])
+    return losses.values_R, draft_ids_R
 
 
-def _loss_of_rows_for(device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Any]:
+def _loss_of_rows_for(device: torch.device) -> Callable[..., Any]:
     if device.type != "cuda":
         return loss_of_rows_
     # Triton comes with torch's CUDA builds alone.

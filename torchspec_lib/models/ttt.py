@@ -5,12 +5,14 @@ Shapes: ``T`` tokens of a packed micro-batch, ``C`` chains (``models.chains``), 
 predicts token i+2+k; its teacher is the target's distribution after token i+1+k.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from torchspec_lib.config.training import FORWARD_KL, LossName
 from torchspec_lib.models.batch import PackedBatch
 from torchspec_lib.models.eagle3 import Eagle3Draft
 from torchspec_lib.models.head_loss import HeadLoss, head_loss
@@ -39,7 +41,7 @@ class DepthSums:
     """What a forward measured, as float64 sums that add up over micro-batches and ranks."""
 
     loss_K: Tensor
-    """Weighted losses, in nats; over ``weight_sums_K`` it is each depth's mean."""
+    """Weighted losses; over ``weight_sums_K`` it is each depth's mean."""
     chains_K: Tensor
     """Supervised chains that were right at every depth before k."""
     matches_K: Tensor
@@ -90,10 +92,12 @@ def _shifted(rows: Tensor, ttt_steps: int) -> Tensor:
 class Eagle3Model(nn.Module):
     """The draft with its training-time test: what FSDP wraps, and the trainer calls."""
 
-    def __init__(self, draft: Eagle3Draft, ttt_steps: int) -> None:
+    def __init__(
+        self, draft: Eagle3Draft, ttt_steps: int, loss: Mapping[LossName, float] = FORWARD_KL
+    ) -> None:
+        """``loss``: weight of each of ``models.losses``."""
         super().__init__()
-        self.draft = draft
-        self.ttt_steps = ttt_steps
+        self.draft, self.ttt_steps, self._loss = draft, ttt_steps, loss
 
     def forward(
         self,
@@ -130,6 +134,7 @@ class Eagle3Model(nn.Module):
             self.draft.lm_head.weight,
             teacher_Vd,
             depth_scale_K[:, None] * supervision.weights_KC,
+            self._loss,
         )
         return said.total, _sums(said, supervision, teacher_Vd.argmax(-1))
 

@@ -77,7 +77,7 @@ class Eagle3Trainer(Trainer):
         )
         draft = Eagle3Draft(self._config)
         draft.init_weights(head.draft_rows_VdH, torch.Generator().manual_seed(run.seed))
-        self._model = Eagle3Model(draft, run.draft.ttt_steps)
+        self._model = Eagle3Model(draft, run.draft.ttt_steps, run.training.loss)
         shard(self._model, device, getattr(torch, run.training.compute_dtype))
         self._head = head.to(device)
         optimizer = build_optimizer(self._model, run.training)
