@@ -35,9 +35,7 @@ def check_draft(report: EvalReport, min_accept_length: float) -> GateDecision:
     length, problems = report.accept_length, []
     if not report.lossless:
         differing = report.num_prompts - report.num_lossless
-        problems.append(
-            f"{differing} of {report.num_prompts} answers differ from plain decoding's"
-        )
+        problems.append(f"{differing} of {report.num_prompts} answers differ from plain decoding's")
     if length < min_accept_length:
         problems.append(
             f"accept length {length:.3f} is {min_accept_length - length:.3f} below "
