@@ -1,6 +1,7 @@
 """An SGLang engine in a process of its own: SGLang changes the process that starts it."""
 
 import multiprocessing
+import threading
 from collections.abc import Sequence
 from functools import partial
 from multiprocessing.connection import Connection
@@ -27,11 +28,13 @@ class EngineProcess:
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
+        self._beside, their_beside = context.Pipe()
         self.process = context.Process(
-            target=_serve, args=(theirs, run, target, address, part), daemon=False
+            target=_serve, args=(theirs, their_beside, run, target, address, part), daemon=False
         )
         self.process.start()
         theirs.close()
+        their_beside.close()
 
     def wait(self) -> None:
         """Until the engine is up. Raises what kept it from starting."""
@@ -43,6 +46,10 @@ class EngineProcess:
 
     def send(self, method: str, *args: Any) -> None:
         self._connection.send((method, args))
+
+    def call_beside(self, method: str, *args: Any) -> None:
+        """Without an answer, while another call is being worked on."""
+        self._beside.send((method, args))
 
     def answer(self) -> Any:
         """To what was sent."""
@@ -65,7 +72,12 @@ class EngineProcess:
 
 
 def _serve(
-    connection: Connection, run: RunConfig, target: TargetSpec, address: StoreAddress, part: Part
+    connection: Connection,
+    beside: Connection,
+    run: RunConfig,
+    target: TargetSpec,
+    address: StoreAddress,
+    part: Part,
 ) -> None:
     from torchspec_lib.inference.factory import EngineSpec, build_engine, build_part
     from torchspec_lib.transfer.mooncake.connect import connect
@@ -79,6 +91,7 @@ def _serve(
         connection.send(error)
         return
     connection.send("up")
+    threading.Thread(target=_serve_beside, args=(beside, engine), daemon=True).start()
     try:
         while True:
             method, args = connection.recv()
@@ -89,6 +102,14 @@ def _serve(
     except EOFError:
         engine.close()
         store.close()
+
+
+def _serve_beside(connection: Connection, engine: Any) -> None:
+    while True:
+        method, (key,) = connection.recv()
+        assert method == "abort"
+        sglang = engine._engine
+        engine._loop.call_soon_threadsafe(sglang.tokenizer_manager.abort_request, str(key))
 
 
 def run_config(target: str, aux_layer_ids: Sequence[int] = (0, 2, 4), **sglang: Any) -> RunConfig:

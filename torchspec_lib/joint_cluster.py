@@ -96,9 +96,10 @@ def _phase(text: str) -> None:
 def _start_store(
     stack: ExitStack, inputs: RunInputs, placement: Placement
 ) -> tuple[StoreAddress, list[Any]]:
-    """The master beside the driver, and in client-process mode one client on every node."""
+    """The master beside the driver; in client-process mode a client where samples are handled."""
     run, plan = inputs.run, inputs.plan
-    nodes = {slot.node_ip: slot.node_id for slot in placement.training + placement.inference}
+    capturing = [slots[0] for slots in placement.engines(run.inference.num_nodes_per_engine)]
+    nodes = {slot.node_ip: slot.node_id for slot in [*placement.training, *capturing]}
     in_clients = run.transfer.mode == "client_process"
     segment_bytes = plan.owned_bytes(len(nodes) if in_clients else plan.num_engines)
     patience = (run.recovery.max_restarts, run.recovery.hang_timeout_s)
@@ -135,12 +136,12 @@ def _start_engines(
     """Engines on their way up; ``ping`` waits for one, or raises what kept it from starting."""
     engine_class: Any = ray.remote(EngineActor)
     engines = []
-    for rank in range(inputs.plan.num_engines):
-        slot = placement.inference[rank]
+    num_parts = inputs.run.inference.num_nodes_per_engine
+    for rank, (slot, *others) in enumerate(placement.engines(num_parts)):
         spec = EngineSpec(inputs.run, inputs.target, rank, address)
         # Ray starts a dead one again, in its bundle; the manager says when it is enough.
         options = slot.options("inference") | {"max_restarts": -1}
-        engine = engine_class.options(**options).remote(spec)
+        engine = engine_class.options(**options).remote(spec, others)
         stack.callback(_end, engine, "exit")
         engines.append(engine)
     return engines

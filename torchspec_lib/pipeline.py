@@ -45,13 +45,6 @@ def preflight(run: RunConfig, nodes: Sequence[Node] | None = None) -> TargetSpec
             f"{run.cluster.placement!r} runs one side alone, to measure it, and trains no draft",
             "Use 'separate' or 'colocate'",
         )
-    if run.inference.num_nodes_per_engine > 1:
-        raise ConfigError(
-            "inference.sglang.nnodes",
-            "engines over several nodes can be planned (python -m torchspec_lib.plan_preview), "
-            "but not started yet",
-            "Use engines that fit one node each, with tp_size GPUs",
-        )
     for name in ("train", "heldout"):
         for index, source in enumerate(getattr(run.data, name)):
             if Path(source).suffix:
@@ -80,12 +73,16 @@ def provision(
 
 
 def _check_sizes(run: RunConfig, target: TargetSpec) -> None:
-    if run.data.max_length > target.max_position_embeddings:
+    longest = target.max_position_embeddings
+    positions = f"{longest} positions"
+    if run.inference.engine == "sglang":
+        longest -= 1
+        positions += " allow: SGLang needs one for the token that it draws"
+    if run.data.max_length > longest:
         raise ConfigError(
             "data.max_length",
-            f"{run.data.max_length} tokens are more than the target's "
-            f"{target.max_position_embeddings} positions",
-            f"Use at most {target.max_position_embeddings}",
+            f"{run.data.max_length} tokens are more than the target's {positions}",
+            f"Use at most {longest}",
         )
     if run.draft.vocab_size is not None and run.draft.vocab_size > target.vocab_size:
         raise ConfigError(
@@ -126,7 +123,8 @@ def _check_machine(plan: ClusterPlan) -> None:
 
 def _host_bytes(plan: ClusterPlan) -> int:
     """Host memory of a run on one node: processes, the store, and weights that aren't on a GPU."""
-    num_actors = plan.num_engines + len(plan.training_bundles)
+    num_engine_actors = max(plan.num_engines, len(plan.inference_bundles))
+    num_actors = num_engine_actors + len(plan.training_bundles)
     weights = plan.num_engines * plan.weight_bytes if plan.device == "cpu" else 0
     buffers = 4 * num_actors * plan.sample_bytes
     return num_actors * PROCESS_BYTES + plan.segment_bytes + buffers + weights

@@ -1,5 +1,6 @@
 """Ray itself: sessions, placement and the trainer group, in one local instance."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,11 +13,13 @@ from pathlib import Path
 import psutil
 import pytest
 import ray
+from ray.exceptions import ActorUnavailableError
 
 from torchspec_lib.config.settings import PROJECT_ROOT
-from torchspec_lib.errors import CheckpointError, PlacementError, WorkerLostError
+from torchspec_lib.errors import CheckpointError, EngineError, PlacementError, WorkerLostError
 from torchspec_lib.plan import Bundle, ClusterPlan
 from torchspec_lib.ray.cluster import ray_session
+from torchspec_lib.ray.part_group import PartGroup
 from torchspec_lib.ray.placement_group import create_placement_groups
 from torchspec_lib.ray.ray_actor import RayActor
 from torchspec_lib.ray.train_group import RayTrainGroup
@@ -141,6 +144,39 @@ class Rank(RayActor):
         return os.getpid()
 
 
+class Part(RayActor):
+    """Belongs to an owner; does as it is told in ``run``."""
+
+    def __init__(self, spec):
+        super().__init__("part", spec, "cpu")
+
+    def where(self):
+        return os.getpid(), os.environ.get("CUDA_VISIBLE_DEVICES")
+
+    def run(self, behaviour):
+        if behaviour == "die":
+            os._exit(1)
+        if behaviour == "raise":
+            raise EngineError("0", "no memory")
+        time.sleep(300)
+
+
+class Owner(Part):
+    """Starts parts in its constructor, as an engine over several nodes does."""
+
+    def __init__(self, slots):
+        super().__init__(0)
+        self.group = PartGroup("a part", Part, range(len(slots)), slots, timeout_s=60)
+
+    def everyone(self):
+        return [self.where(), *ray.get([part.where.remote() for part in self.group._actors])]
+
+    def first_end(self, behaviours, timeout_s):
+        self.group.run(behaviours)
+        end = self.group.first_end(timeout_s)
+        return type(end).__name__, str(end)
+
+
 def start_ranks(placement, *behaviours):
     specs = [(rank, len(behaviours), behaviour) for rank, behaviour in enumerate(behaviours)]
     return RayTrainGroup.start(Rank, specs, placement.training, timeout_s=60)
@@ -236,6 +272,44 @@ def test_a_half_started_group_is_torn_down_with_the_constructors_own_error(place
         start_ranks(placement, "work", "refuse")
     assert error.tb is not None  # it keeps the handles alive: rank 0 doesn't end by itself
     start_ranks(placement, "work", "work").shutdown()  # the bundles are free again
+
+
+@pytest.fixture
+def owner(place):
+    """Of a part, each with two (pretended) GPUs."""
+    placement = place(make_plan("debug_inference_only", num_engines=2, gpus=2))
+    slot, *others = placement.inference
+    options = slot.options("inference") | {"max_restarts": -1}
+    owner = ray.remote(Owner).options(**options).remote(others)
+    yield owner
+    ray.kill(owner)
+
+
+def test_parts_have_all_the_gpus_of_their_bundles_and_end_with_their_owner(owner):
+    first = ray.get(owner.everyone.remote(), timeout=60)
+    assert [gpus for _, gpus in first] == ["0,1", "2,3"]
+    os.kill(first[0][0], signal.SIGKILL)
+    assert are_gone([pid for pid, _ in first], within_s=10)
+    again = None
+    while again is None:
+        with contextlib.suppress(ActorUnavailableError):  # while it is just ending
+            again = ray.get(owner.everyone.remote(), timeout=60)
+    assert [gpus for _, gpus in again] == ["0,1", "2,3"]
+    assert not {pid for pid, _ in first} & {pid for pid, _ in again}
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "timeout_s", "kind", "words"),
+    [
+        ("sleep", 1.0, "NoneType", "None"),
+        ("raise", 30.0, "EngineError", "engine 0: no memory"),
+        ("die", 30.0, "WorkerLostError", "lost a part"),
+    ],
+)
+def test_an_owner_learns_how_a_part_ended(owner, behaviour, timeout_s, kind, words):
+    end = ray.get(owner.first_end.remote([behaviour], timeout_s), timeout=60)
+    assert end[0] == kind
+    assert end[1].startswith(words)
 
 
 def test_a_ray_that_is_there_already_is_reused_and_left_alone(session):

@@ -1,9 +1,8 @@
 """SGLang's engine for real, on the CPU: its own processes, its scheduler, and Mooncake."""
 
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from tests.tiny_targets import FAMILIES, make_target
 from torchspec_lib.errors import ConfigError, EngineError, StoreFullError
 from torchspec_lib.inference.engine.sgl_arguments import WHOLE, Part
 from torchspec_lib.models.target_model import captured_outputs
+from torchspec_lib.ray.held_port import hold_port
 from torchspec_lib.target import read_target
 from torchspec_lib.transfer.mooncake.connect import connect
 from torchspec_lib.transfer.mooncake.processes import allocated_bytes, start_client, start_master
@@ -76,6 +76,10 @@ class Case:
         self.parts = [EngineProcess(run, target, address, part) for part in parts]
         self.engine = self.parts[0]
 
+    def scheduler(self) -> psutil.Process:
+        (found,) = [child for child in self.engine.children() if "scheduler" in child.name()]
+        return found
+
     def states(self, prompt: Prompt) -> tuple[torch.Tensor, torch.Tensor]:
         """Auxiliary and last states as transformers computes them."""
         decoder = self.model.model
@@ -112,15 +116,6 @@ def request(prompt_id: str, num_tokens: int, seed: int = 0) -> CaptureRequest:
     ids = rng.integers(0, 97, num_tokens).astype(np.int32)
     prompt = Prompt(prompt_id, ids, rng.random(num_tokens) < 0.5)
     return CaptureRequest(SampleKey.first("run", 0, prompt_id), prompt)
-
-
-@contextmanager
-def held_address() -> Iterator[str]:
-    """An address that is given to nobody but a listener that asks for it."""
-    with socket.socket() as held:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        held.bind((HOST, 0))
-        yield f"{HOST}:{held.getsockname()[1]}"
 
 
 def error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -170,12 +165,33 @@ def test_two_ranks_of_tensor_parallelism_capture_the_same(start, store):
 
 @pytest.mark.slow
 def test_an_engine_over_two_nodes_captures_the_same(start, store):
-    with held_address() as rendezvous:
-        parts = [Part(rank, rendezvous) for rank in range(2)]
+    with hold_port() as port:
+        parts = [Part(rank, f"{HOST}:{port}") for rank in range(2)]
         case = start("llama", parts, tp_size=2, nnodes=2)
     check_parity(case, store)
     for part in case.parts:
         part.stop()
+
+
+@pytest.mark.slow
+def test_a_part_that_does_not_come_is_not_waited_for_for_ever(start):
+    with hold_port() as port, pytest.raises(EngineError, match="1/2 clients joined"):
+        start("llama", [Part(0, f"{HOST}:{port}")], tp_size=2, nnodes=2, dist_timeout=5)
+
+
+def test_an_aborted_prompt_fails_alone_and_may_be_tried_again(case, store):
+    requests = [request(f"a{i}", 3, seed=i) for i in range(12)]
+    scheduler = case.scheduler()
+    scheduler.suspend()
+    case.engine.send("capture", requests)
+    time.sleep(0.5)
+    case.engine.call_beside("abort", requests[5].key)
+    scheduler.resume()
+    results = case.engine.answer()
+    failed = [result for result in results if isinstance(result, CaptureFailure)]
+    assert [(failure.key, failure.fault) for failure in failed] == [(requests[5].key, "engine")]
+    (ref,) = case.engine.call("capture", [requests[5]])
+    store.release([ref.key, *(each.key for each in results if isinstance(each, SampleRef))])
 
 
 def test_many_prompts_of_mixed_length_are_answered_in_their_order(case, store):
@@ -200,9 +216,11 @@ def test_the_same_prompt_twice_is_computed_twice(case, store):
 
 def test_a_prompt_that_cannot_run_fails_alone(case, store):
     good, long, other = request("g", 20), request("l", 300), request("o", 20)
-    first, failure, last = case.engine.call("capture", [good, long, other])
-    assert isinstance(failure, CaptureFailure)
-    assert failure.fault == "prompt"
+    full = request("f", 256)  # without a position for the token that SGLang draws
+    first, *failures, last = case.engine.call("capture", [good, long, full, other])
+    for failure in failures:
+        assert isinstance(failure, CaptureFailure)
+        assert failure.fault == "prompt"
     assert isinstance(first, SampleRef)
     assert isinstance(last, SampleRef)
     store.release([first.key, last.key])
@@ -223,7 +241,7 @@ def test_a_full_store_is_the_stores_fault_and_frees_the_engine(case, store):
 
 def test_a_killed_scheduler_is_an_error_of_the_engine(start):
     case = start("qwen3")
-    (scheduler,) = [child for child in case.engine.children() if "scheduler" in child.name()]
+    scheduler = case.scheduler()
     case.engine.send("capture", [request(f"k{i}", 200, seed=i) for i in range(64)])
     time.sleep(0.5)
     scheduler.kill()
@@ -240,6 +258,9 @@ def test_a_layer_that_is_not_captured_fails_the_self_check_and_closing_ends_all(
     case = start("llama", aux_layer_ids=(0, 2, 5))
     with pytest.raises(EngineError, match="2 of 3 auxiliary layers"):
         case.engine.call("self_check")
+    case.engine.call("fail", "a part of it is lost")
+    with pytest.raises(EngineError, match="a part of it is lost"):
+        case.engine.call("capture", [request("lost", 5)])
     children = case.engine.children()
     assert len(children) >= 2, "a scheduler and a detokenizer"
     case.engine.call("close")

@@ -57,6 +57,20 @@ def test_a_longer_limit_than_the_target_has_positions_is_refused():
         preflight(run_config(data=data))
 
 
+def test_sglang_needs_a_position_for_the_token_that_it_draws():
+    data = run_config().data.model_copy(update={"max_length": 2048})
+    preflight(run_config(data=data))
+    with pytest.raises(ConfigError, match=r"data\.max_length: 2048 .* draws.*Use at most 2047"):
+        preflight(run_config(data=data, inference={"engine": "sglang"}))
+
+
+def test_an_engine_over_two_nodes_passes_with_a_bundle_for_each_part():
+    sglang = {"tp_size": 2, "nnodes": 2}
+    inference = {"engine": "sglang", "inference_num_gpus": 4, "sglang": sglang}
+    plan = provision(run_config(inference=inference), MANIFEST)
+    assert (plan.num_engines, len(plan.inference_bundles)) == (2, 4)
+
+
 def test_a_larger_draft_vocabulary_than_the_targets_is_refused():
     with pytest.raises(ConfigError, match=r"draft\.vocab_size"):
         preflight(run_config(draft={"vocab_size": 1025}))
@@ -66,12 +80,6 @@ def test_a_larger_draft_vocabulary_than_the_targets_is_refused():
 def test_a_mode_that_trains_no_draft_is_refused(mode):
     with pytest.raises(ConfigError, match=r"cluster\.placement.*trains no draft"):
         preflight(run_config(cluster={"device": "cpu", "placement": mode}))
-
-
-def test_engines_over_several_nodes_are_planned_but_not_started():
-    engines = {"engine": "sglang", "inference_num_gpus": 16, "sglang": {"nnodes": 2}}
-    with pytest.raises(ConfigError, match=r"inference\.sglang\.nnodes.*plan_preview"):
-        preflight(run_config(inference=engines))
 
 
 def test_more_memory_than_is_free_is_refused():

@@ -10,8 +10,8 @@ from torchspec_lib.plan import Bundle, ClusterPlan
 from torchspec_lib.ray.capacity import missing_resources, placement_error
 from torchspec_lib.ray.cluster import forwarded_env
 from torchspec_lib.ray.failures import unwrap
-from torchspec_lib.ray.placement_group import Slot, sort_slots
-from torchspec_lib.ray.ray_actor import HeldPort
+from torchspec_lib.ray.held_port import hold_port
+from torchspec_lib.ray.placement_group import Placement, Slot, sort_slots
 
 TRAINER = Bundle(roles=("training",), num_cpus=1, num_gpus=1)
 ENGINE = Bundle(roles=("inference",), num_cpus=2, num_gpus=2)
@@ -61,6 +61,14 @@ def test_slots_without_gpus_keep_the_order_of_their_bundles_within_a_node():
 def test_gpus_named_by_uuid_are_ordered_too():
     ordered = [slot("10.0.0.2", "GPU-0aa"), slot("10.0.0.2", "GPU-9bb")]
     assert sort_slots(ordered[::-1]) == ordered
+
+
+def test_an_engines_parts_are_neighbours_and_the_first_one_answers():
+    slots = [slot(f"10.0.0.{node}", "0", bundle=ENGINE) for node in (9, 2, 11, 10)]
+    placement = Placement((), tuple(sort_slots(slots)), ())
+    nodes = [[part.node_ip for part in engine] for engine in placement.engines(2)]
+    assert nodes == [["10.0.0.2", "10.0.0.9"], ["10.0.0.10", "10.0.0.11"]]
+    assert [len(engine) for engine in placement.engines(1)] == [1] * 4
 
 
 @pytest.mark.parametrize(
@@ -130,12 +138,12 @@ def test_what_a_constructor_raised_keeps_its_type_and_is_no_death():
     assert not isinstance(error, WorkerLostError)
 
 
-def test_nobody_else_gets_a_held_port_before_it_is_released():
-    held = HeldPort()
-    with socket.socket() as other:
-        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+def test_a_held_port_is_only_for_a_server_that_asks_for_it():
+    with hold_port() as port, socket.socket() as other, socket.socket() as server:
         with pytest.raises(OSError, match="in use"):
-            other.bind(("", held.port))
-        held.release()
-        held.release()
-        other.bind(("", held.port))
+            other.bind(("", port))
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server.bind(("", port))
+        server.listen()
+    with socket.socket() as after:
+        after.bind(("", port))

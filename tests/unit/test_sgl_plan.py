@@ -63,6 +63,7 @@ def test_engines_follow_from_their_gpus(settings, num_engines, size):
             {"inference_num_gpus": 4, "sglang": {"tp_size": 2, "dist_init_addr": "10.0.0.1:9"}},
             "dist_init_addr",
         ),
+        ({"sglang": {"dist_init_addr": "10.0.0.1"}}, "dist_init_addr"),
     ],
 )
 def test_engines_that_do_not_add_up_are_refused_by_name(settings, words):
@@ -159,7 +160,7 @@ QWEN3_8B = TargetSpec(
     bos_token_id=None,
     eos_token_ids=(),
 )
-H200_BYTES = 139 << 30
+H200_BYTES, FREE_BYTES = 139 << 30, 100 << 30
 
 
 @pytest.fixture
@@ -172,15 +173,15 @@ def qwen3_8b(tmp_path):
 
 def test_a_colocated_engine_gets_what_its_weights_and_cache_need(qwen3_8b):
     run = load(QWEN, training={"micro_batch_tokens": 8192})
-    fraction = colocated_fraction(run, qwen3_8b, 65536, H200_BYTES)
+    fraction = colocated_fraction(run, qwen3_8b, 65536, H200_BYTES, FREE_BYTES)
     cache = 65536 * 36 * 8 * 128 * 2 * 2
-    assert fraction * H200_BYTES == pytest.approx(1.1 * (16_400_000_000 + cache))
+    assert fraction * FREE_BYTES == pytest.approx((1 << 29) + 1.1 * (16_400_000_000 + cache))
 
 
 def test_colocation_that_does_not_fit_is_refused_with_the_amounts(qwen3_8b):
     run = load(QWEN, training={"micro_batch_tokens": 65536})
     with pytest.raises(ConfigError, match=r"GiB of a GPU with 139.* for the trainer"):
-        colocated_fraction(run, qwen3_8b, 65536, H200_BYTES)
+        colocated_fraction(run, qwen3_8b, 65536, H200_BYTES, FREE_BYTES)
 
 
 def test_a_trainers_estimate_covers_what_a_plain_trainer_took_on_an_h200(qwen3_8b):

@@ -1,6 +1,6 @@
 """The engines, the store, and where everything runs."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -27,8 +27,9 @@ class SglangConfig(Settings):
     else 1."""
     nnodes: PositiveInt = 1
     """Nodes of one replica."""
-    dist_init_addr: str | None = None
-    """``ip:port`` where the nodes of a replica meet. Negotiated if left out."""
+    dist_init_addr: Annotated[str, Field(pattern=r"^\S+:\d+$")] | None = None
+    """``ip:port`` where the nodes of a replica meet, on the first of them by address. Negotiated
+    if left out."""
     dist_timeout: PositiveInt = 60
     """Seconds for the ranks of a replica to meet."""
     prefill_tokens: PositiveInt = 16384

@@ -86,6 +86,8 @@ class _EngineClient:
 
     def __init__(self, name: str, handle: Any, start: int) -> None:
         self._name, self._handle, self._start = name, handle, start
+        self._life: str | None = None
+        """Of the engine that was started last."""
 
     async def capture(self, requests: Sequence[CaptureRequest]) -> list[CaptureResult]:
         results: list[CaptureResult] = await self._answer(
@@ -97,24 +99,27 @@ class _EngineClient:
         await self._answer(self._handle.discard.remote(keys))
 
     async def start(self, kill: bool) -> None:
+        lost = self._life if kill else None  # may still answer for a moment
         if kill:
             ray.kill(self._handle, no_restart=False)
         try:
             async with asyncio.timeout(START_TIMEOUT_S):
-                while not await self._is_up():
+                while (life := await self._current_life()) in (None, lost):
                     await asyncio.sleep(PAUSE_S)
         except TimeoutError:
             raise HungError(self._name, f"not up after {START_TIMEOUT_S:.0f} s") from None
+        self._life = life
+        await self._answer(self._handle.ping.remote())
 
-    async def _is_up(self) -> bool:
-        """Waits for an actor that is starting; one that is just ending is as good as not there."""
+    async def _current_life(self) -> str | None:
+        """Waits for an actor that is starting; None for one that is just ending."""
         try:
-            await self._answer(self._handle.ping.remote())
+            life: str = await self._answer(self._handle.life.remote())
         except WorkerLostError as error:
             if isinstance(error.__cause__, ActorUnavailableError):
-                return False
+                return None
             raise
-        return True
+        return life
 
     async def _answer(self, call: Any) -> Any:
         try:

@@ -1,14 +1,19 @@
 """The Ray actor around an engine."""
 
 import logging
-import os
+import uuid
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 
+import torch
+
 from torchspec_lib.config.run import RunConfig
-from torchspec_lib.errors import RecoverableError, StoreFullError
+from torchspec_lib.errors import EngineError, RecoverableError, StoreFullError
+from torchspec_lib.inference.engine_parts import EngineParts
 from torchspec_lib.inference.factory import EngineSpec, build_engine
 from torchspec_lib.inference.start_fence import StartFence
+from torchspec_lib.ray.placement_group import Slot
 from torchspec_lib.ray.ray_actor import RayActor
 from torchspec_lib.transfer.mooncake.connect import connect
 from torchspec_lib.types import CaptureRequest, CaptureResult, SampleKey
@@ -17,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 MAX_STORE_PATIENCE_S = 20.0
 
+PASSING = (RecoverableError, StoreFullError, EngineError, torch.OutOfMemoryError)
+"""What another start may not meet again: a store or a peer that was away, memory that was used."""
+
 
 class EngineActor(RayActor):
     """One engine and its place in the store. Checked and ready once constructed.
@@ -24,20 +32,25 @@ class EngineActor(RayActor):
     It outlives the trainers and the manager that it captures for.
     """
 
-    def __init__(self, spec: EngineSpec) -> None:
+    def __init__(self, spec: EngineSpec, others: Sequence[Slot] = ()) -> None:
+        """Start the engine; if it has parts on other nodes, these are their slots."""
         super().__init__("engine", spec.rank, spec.run.cluster.device)
+        self._life = uuid.uuid4().hex
+        self._opened = ExitStack()
+        self._failure: EngineError | None = None
         try:
-            self._open(spec)
-        except (RecoverableError, StoreFullError) as error:
+            self._open(spec, others)
+        except PASSING as error:
             if not self.is_restarted:
                 raise
-            # Ray starts an actor again whose process died, but not one whose constructor raised.
-            logger.error("event=engine_start_failed engine=%d cause=%s", spec.rank, error)  # noqa: TRY400
-            os._exit(1)
-        if self.is_restarted:
-            logger.warning("event=recovered part=%r", f"engine {spec.rank}")
+            # Raised here it would be final: Ray starts no actor again whose constructor raised.
+            cause = f"it couldn't be started again: {error}"
+            self._failure = EngineError(f"{spec.rank}", cause)
+        else:
+            if self.is_restarted:
+                logger.warning("event=recovered part=%r", f"engine {spec.rank}")
 
-    def _open(self, spec: EngineSpec) -> None:
+    def _open(self, spec: EngineSpec, others: Sequence[Slot]) -> None:
         patience_s = _store_patience_s(spec.run)
         attach = partial(
             connect,
@@ -47,9 +60,14 @@ class EngineActor(RayActor):
             retry_timeout_s=patience_s,
         )
         self._store = attach(owns_memory=True)
+        self._opened.callback(self._store.close)
         self._fence = StartFence(self._store, spec.store_address.run_id)
         engine_attaches = partial(attach, owns_memory=False)
-        self._engine = build_engine(spec, self._store, self.device, engine_attaches)
+        parts = EngineParts(spec, others, self.node_ip) if others else None
+        self._engine = build_engine(spec, self._store, self.device, engine_attaches, parts)
+        self._opened.callback(self._engine.close)
+        if parts is not None:
+            self._opened.callback(parts.close)
         check = self._engine.self_check()
         logger.info(
             "event=self_check tokens=%d max_relative_error=%.2e argmax_agreement=%.3f",
@@ -58,6 +76,19 @@ class EngineActor(RayActor):
             check.argmax_agreement,
         )
 
+    def life(self) -> str:
+        """Answers once the constructor is through, differently after every restart."""
+        return self._life
+
+    def ping(self) -> None:
+        """Answers once the constructor is through.
+
+        Raises:
+            EngineError: It couldn't be started again, this time.
+        """
+        if self._failure is not None:
+            raise self._failure
+
     def capture(self, start: int, requests: Sequence[CaptureRequest]) -> list[CaptureResult]:
         """Capture for the manager of the run's ``start``-th start of trainers.
 
@@ -65,17 +96,18 @@ class EngineActor(RayActor):
             EngineError: The engine is unusable, or works for a later start already.
             StoreUnavailableError: What an earlier start left couldn't be freed.
         """
+        self.ping()
         self._fence.enter(start)
         return self._engine.capture(requests)
 
     def discard(self, keys: Sequence[SampleKey]) -> None:
         """Free samples that nobody will read."""
+        self.ping()
         self._store.release(keys)
 
     def exit(self) -> None:
         """Free the device, leave the store, and end this actor's process."""
-        self._engine.close()
-        self._store.close()
+        self._opened.close()
         super().exit()
 
 

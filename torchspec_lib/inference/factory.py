@@ -1,7 +1,7 @@
 """Builds an engine by its name in the configuration, inside the actor that will run it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,7 @@ from torchspec_lib.transfer.store import StoreAddress, TensorStore
 
 if TYPE_CHECKING:
     from torchspec_lib.inference.engine.sgl_engine import SglPart
+    from torchspec_lib.inference.engine_parts import EngineParts
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,7 @@ def build_engine(
     store: TensorStore,
     device: torch.device,
     attach: Callable[[], TensorStore],
+    others: "EngineParts | None" = None,
 ) -> InferenceEngine:
     """The engine that ``inference.engine`` names, ready to capture.
 
@@ -45,6 +47,7 @@ def build_engine(
         store: The actor's connection to the store.
         device: For engines that run in this process.
         attach: Connects another process of this node to the store. Picklable; for ``sglang``.
+        others: The engine's parts on other nodes, if it has any.
 
     Raises:
         EngineError: It doesn't start.
@@ -53,7 +56,7 @@ def build_engine(
     run = spec.run
     layers = aux_layer_ids(run.draft, spec.target)
     if run.inference.engine == "sglang":
-        return _sgl_engine(spec, layers, store, attach)
+        return _sgl_engine(spec, layers, store, attach, others)
     return HFEngine.load(
         spec.target, layers, store, run.model.dtype, device, run.model.trust_remote_code
     )
@@ -76,21 +79,30 @@ def _sgl_engine(
     layers: tuple[int, ...],
     store: TensorStore,
     attach: Callable[[], TensorStore],
+    others: "EngineParts | None",
 ) -> InferenceEngine:
     # Imported here: what SGLang changes of a process is for its own actor alone.
     from torchspec_lib.inference.engine.sgl_engine import SglEngine
 
-    return SglEngine(spec.target, layers, store, attach, _sgl_arguments(spec))
+    if others is None:
+        return SglEngine(spec.target, layers, store, attach, _sgl_arguments(spec))
+    with others.meeting() as part:
+        arguments = _sgl_arguments(replace(spec, part=part))
+        engine = SglEngine(spec.target, layers, store, attach, arguments)
+    others.watch(engine.fail)
+    return engine
 
 
 def _sgl_arguments(spec: EngineSpec) -> dict[str, Any]:
     run = spec.run
     arguments = engine_arguments(run, spec.target, spec.part)
     if run.cluster.device == "cpu":
-        choose_cpu(run.inference.num_gpus_per_engine)
+        num_ranks = run.inference.num_gpus_per_engine
+        num_local = num_ranks // run.inference.num_nodes_per_engine
+        choose_cpu(num_ranks, first_rank=spec.part.node_rank * num_local)
     elif run.cluster.placement == "colocate":
-        gpu_bytes = torch.cuda.get_device_properties(0).total_memory
+        free_bytes, gpu_bytes = torch.cuda.mem_get_info()
         max_total_tokens = arguments["max_total_tokens"]
-        fraction = colocated_fraction(run, spec.target, max_total_tokens, gpu_bytes)
+        fraction = colocated_fraction(run, spec.target, max_total_tokens, gpu_bytes, free_bytes)
         arguments.setdefault("mem_fraction_static", fraction)
     return arguments

@@ -61,6 +61,11 @@ class Placement:
     inference: tuple[Slot, ...]
     groups: tuple[PlacementGroup, ...]
 
+    def engines(self, num_parts: int) -> list[tuple[Slot, ...]]:
+        """The slots of each engine, one for each of its parts: neighbours, the first answers."""
+        firsts = range(0, len(self.inference), num_parts)
+        return [self.inference[first : first + num_parts] for first in firsts]
+
     def remove(self) -> None:
         """Give the bundles back; what still runs in them is killed."""
         for group in self.groups:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import socket
 import warnings
 from typing import TYPE_CHECKING, Literal
 
@@ -13,23 +12,6 @@ from torchspec_lib.errors import DependencyError
 
 if TYPE_CHECKING:
     import torch
-
-
-class HeldPort:
-    """A TCP port of this node that nobody else can get until it is released.
-
-    A port that is merely found free can be lost before it is used. Release this one right
-    before its listener starts; where a listener can choose its port itself (port 0), let it.
-    """
-
-    def __init__(self) -> None:
-        self._socket = socket.socket()
-        self._socket.bind(("", 0))
-        self.port: int = self._socket.getsockname()[1]
-
-    def release(self) -> None:
-        """Let a listener have the port. Safe to call twice."""
-        self._socket.close()
 
 
 class RayActor:
@@ -56,10 +38,6 @@ class RayActor:
             warnings.simplefilter("ignore")
             restarted: bool = ray.get_runtime_context().was_current_actor_reconstructed
         return restarted
-
-    def hold_port(self) -> HeldPort:
-        """Take a port of this node, and keep it until ``release()``."""
-        return HeldPort()
 
     def ping(self) -> None:
         """Answers once the constructor is through, or with what it raised."""

@@ -25,10 +25,12 @@ STAND_INS = {"triton": "3.9.0", "torchvision": "0.28.0", "IPython": "9.0.0"}
 of the first two are builds for CUDA: 190 MB, and one that doesn't load beside torch for CPUs."""
 
 
-def choose_cpu(num_ranks: int) -> None:
+def choose_cpu(num_ranks: int, first_rank: int = 0) -> None:
     """Have SGLang run on the CPU in this process and its children. Before it is imported.
 
-    ``num_ranks`` of tensor parallelism share the cores, a core each.
+    Args:
+        num_ranks: Of tensor parallelism, over all nodes. They share the cores, a core each.
+        first_rank: The first of them in this process, which counts its own from 0.
 
     Raises:
         DependencyError: This project was installed before it knew SGLang.
@@ -41,7 +43,8 @@ def choose_cpu(num_ranks: int) -> None:
     os.environ["SGLANG_PLATFORM"] = PLATFORM
     if num_ranks > 1:
         cores = sorted(os.sched_getaffinity(0))
-        shares = [str(cores[rank % len(cores)]) for rank in range(num_ranks)]
+        ranks = range(first_rank, first_rank + num_ranks)
+        shares = [str(cores[rank % len(cores)]) for rank in ranks]
         os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(shares)
     stand_in_where_chosen()
 

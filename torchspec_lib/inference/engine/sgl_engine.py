@@ -175,7 +175,7 @@ class SglEngine:
         """End SGLang's processes. Safe to call twice."""
         if self._loop.is_closed():
             return
-        self._loop.call_soon_threadsafe(self._fail, "it is closed")
+        self.fail("it is closed")
         shut_down(self._engine)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_JOIN_TIMEOUT_S)
@@ -218,7 +218,14 @@ class SglEngine:
         if isinstance(answer, Broken):
             self._fail(answer.cause)
         else:
-            self._answers.pop(answer.key).set_result(answer)
+            waiting = self._answers.pop(answer.key)
+            if not waiting.cancelled():  # else the engine has failed meanwhile
+                waiting.set_result(answer)
+
+    def fail(self, cause: str) -> None:
+        """Have all that is and will be captured fail. From any thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._fail, cause)
 
     def _fail(self, cause: str) -> None:
         if not self._broken.done():

@@ -4,11 +4,11 @@ import importlib.metadata
 import logging
 import multiprocessing
 import os
-import socket
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -19,6 +19,7 @@ from torchspec_lib.inference.engine.sgl_capture import (
     run_detokenizer,
     run_scheduler,
 )
+from torchspec_lib.ray.held_port import hold_port
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +65,8 @@ def launch(settings: CaptureSettings, arguments: Mapping[str, Any], connection: 
         run_detokenizer_process_func = staticmethod(run_detokenizer)
 
     os.environ["SGLANG_BLOCK_NONZERO_RANK_CHILDREN"] = "0"  # else another node's part never returns
-    with ExitStack() as undo, socket.socket() as held:
+    with ExitStack() as undo, hold_port() as port:
         undo.callback(kill_process_tree, os.getpid(), include_parent=False)
-        port = _hold_port(held)
         try:
             engine = CaptureEngine(
                 **arguments, nccl_port=port, custom_sigquit_handler=_leave_it_to_the_launch
@@ -81,7 +81,17 @@ def launch(settings: CaptureSettings, arguments: Mapping[str, Any], connection: 
             raise EngineError(f"sglang {version}", f"it didn't start: {cause}") from error
         undo.pop_all()
     settings.engine.close()  # so that reading ours ends when the scheduler does
+    _unlink_shared_memory(engine)
     return engine
+
+
+def _unlink_shared_memory(engine: Any) -> None:
+    """Take the names of files that SGLang's processes have mapped, and would leave when killed."""
+    patterns = [f"sglang_loads_{engine.port_args.instance_id}_*"]
+    patterns += [f"sgl_shm_*_{child.pid}_*" for child in multiprocessing.active_children()]
+    for pattern in patterns:
+        for path in Path("/dev/shm").glob(pattern):
+            path.unlink()
 
 
 def shut_down(engine: Any) -> None:
@@ -89,14 +99,6 @@ def shut_down(engine: Any) -> None:
     engine.shutdown()
     for process in multiprocessing.active_children():
         process.join(_JOIN_TIMEOUT_S)
-
-
-def _hold_port(held: socket.socket) -> int:
-    """Keep a port from all but a listener that asks for it by number: SGLang's, soon."""
-    held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    held.bind(("", 0))
-    port: int = held.getsockname()[1]
-    return port
 
 
 def _last_words(connection: Connection) -> str | None:

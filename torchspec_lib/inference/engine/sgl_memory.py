@@ -8,25 +8,34 @@ from torchspec_lib.target import TargetSpec, aux_layer_ids
 
 GIB = 1 << 30
 PROCESS_BYTES = 2 * GIB
-"""CUDA's context, kernels and libraries of two processes."""
-_SLACK = 1.1
+"""CUDA's context, kernels and libraries of the engine's two processes and the trainer: half a GiB
+each on an H200, and the kernels."""
+_SLACK, _LIBRARY_BYTES = 1.1, GIB // 2
+"""Room that SGLang counts as used by its weights, beside them: padding, and libraries' own."""
 
 
 def colocated_fraction(
-    run: RunConfig, target: TargetSpec, max_total_tokens: int, gpu_bytes: int
+    run: RunConfig, target: TargetSpec, max_total_tokens: int, gpu_bytes: int, free_bytes: int
 ) -> float:
-    """Share of a GPU for SGLang's weights and cache beside a trainer rank.
+    """Share of a GPU's free memory for SGLang's weights and cache beside a trainer rank.
 
     Its weights and its cache get what they need and no more; forwards, captured states and the
     trainer take the rest.
 
+    Args:
+        run: The run's configuration.
+        target: The target model.
+        max_total_tokens: Of SGLang's cache.
+        gpu_bytes: The GPU's memory.
+        free_bytes: What is free of it now. An engine that is started again finds its trainer.
+
     Raises:
         ConfigError: They don't fit.
     """
-    static = _SLACK * (
+    static = _LIBRARY_BYTES + _SLACK * (
         weight_bytes(target) + max_total_tokens * _cache_bytes_per_token(run, target)
     )
-    forward = run.inference.sglang.prefill_tokens * _forward_bytes_per_token(run, target)
+    forward = _forward_bytes(run, target)
     trainer = trainer_bytes(run, target)
     needed = static + forward + trainer + PROCESS_BYTES
     if needed > gpu_bytes:
@@ -38,7 +47,7 @@ def colocated_fraction(
             "Use 'separate', or lower training.micro_batch_tokens or "
             "inference.sglang.prefill_tokens",
         )
-    return static / gpu_bytes
+    return static / free_bytes
 
 
 def trainer_bytes(run: RunConfig, target: TargetSpec) -> float:
@@ -72,8 +81,10 @@ def _cache_bytes_per_token(run: RunConfig, target: TargetSpec) -> int:
     return 2 * target.num_layers * keys * DTYPE_BYTES[run.model.dtype]
 
 
-def _forward_bytes_per_token(run: RunConfig, target: TargetSpec) -> int:
-    """The states to be captured, twice (side by side and packed), and a layer's own."""
+def _forward_bytes(run: RunConfig, target: TargetSpec) -> int:
+    """What a forward and its states need, with those of the forward before."""
     num_states = len(aux_layer_ids(run.draft, target)) + 1
+    num_tokens = run.inference.sglang.prefill_tokens
     layer = 8 * target.hidden_size + 4 * target.intermediate_size
-    return (2 * num_states * target.hidden_size + layer) * DTYPE_BYTES[run.model.dtype]
+    states = 3 * num_states * target.hidden_size  # as computed, packed, and on their way
+    return num_tokens * (states + layer) * DTYPE_BYTES[run.model.dtype]
