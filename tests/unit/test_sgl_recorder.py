@@ -15,6 +15,7 @@ from torchspec_lib.types import Prompt
 
 HIDDEN = 4
 NUM_AUX = 2
+CPU = torch.device("cpu")
 
 
 def prompt(name: str, num_tokens: int) -> Prompt:
@@ -62,7 +63,7 @@ def check(sample: dict[str, Tensor], p: Prompt) -> None:
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_each_prompt_gets_its_own_rows_of_a_forward(packed):
-    recorder, a, b, c = Recorder(), prompt("a", 3), prompt("b", 1), prompt("c", 5)
+    recorder, a, b, c = Recorder(CPU), prompt("a", 3), prompt("b", 1), prompt("c", 5)
     forward(recorder, (a, 0, 3), (b, 0, 1), (c, 0, 5), packed=packed, padding=7)
     for p in (c, a, b):
         check(recorder.take(p.prompt_id, p), p)
@@ -70,7 +71,7 @@ def test_each_prompt_gets_its_own_rows_of_a_forward(packed):
 
 @pytest.mark.parametrize("cuts", [(1,), (4,), (1, 2, 3, 4, 5), (2, 6)])
 def test_pieces_of_a_prompt_are_put_together_wherever_it_is_cut(cuts):
-    recorder, long, other = Recorder(), prompt("long", 7), prompt("other", 2)
+    recorder, long, other = Recorder(CPU), prompt("long", 7), prompt("other", 2)
     edges = [0, *cuts, 7]
     for first, last in pairwise(edges):
         others = [(other, 0, 2)] if first == 0 else []
@@ -80,7 +81,7 @@ def test_pieces_of_a_prompt_are_put_together_wherever_it_is_cut(cuts):
 
 
 def test_tokens_that_a_cache_spared_are_missed():
-    recorder, p, other = Recorder(), prompt("p", 6), prompt("other", 3)
+    recorder, p, other = Recorder(CPU), prompt("p", 6), prompt("other", 3)
     forward(recorder, (p, 4, 6), (other, 0, 3))
     with pytest.raises(IncompleteError, match="tokens 0 to 4 weren't computed"):
         recorder.take("p", p)
@@ -88,7 +89,7 @@ def test_tokens_that_a_cache_spared_are_missed():
 
 
 def test_a_prompt_that_was_not_run_to_its_end_is_incomplete():
-    recorder, p = Recorder(), prompt("p", 6)
+    recorder, p = Recorder(CPU), prompt("p", 6)
     forward(recorder, (p, 0, 4))
     with pytest.raises(IncompleteError, match="4 of 6"):
         recorder.take("p", p)
@@ -97,7 +98,7 @@ def test_a_prompt_that_was_not_run_to_its_end_is_incomplete():
 
 
 def test_rows_of_other_tokens_are_not_taken_for_the_prompts():
-    recorder, p = Recorder(), prompt("p", 6)
+    recorder, p = Recorder(CPU), prompt("p", 6)
     forward(recorder, (p, 0, 6))
     other = Prompt("p", p.token_ids[::-1].copy(), p.loss_mask)
     with pytest.raises(IncompleteError, match="other tokens"):
@@ -105,7 +106,7 @@ def test_rows_of_other_tokens_are_not_taken_for_the_prompts():
 
 
 def test_what_was_recorded_does_not_change_with_the_forwards_memory():
-    recorder, p = Recorder(), prompt("p", 2)
+    recorder, p = Recorder(CPU), prompt("p", 2)
     rows = [states(p, layer) for layer in range(NUM_AUX + 1)]
     batch = SimpleNamespace(
         rids=["p"],
@@ -122,7 +123,7 @@ def test_what_was_recorded_does_not_change_with_the_forwards_memory():
 
 
 def test_a_forward_that_draws_a_token_adds_no_rows():
-    recorder, p = Recorder(), prompt("p", 2)
+    recorder, p = Recorder(CPU), prompt("p", 2)
     forward(recorder, (p, 0, 2))
     batch = SimpleNamespace(rids=["p"], forward_mode=SimpleNamespace(is_extend=lambda: False))
     aux = {"aux_hidden_states": [torch.zeros(1, HIDDEN)]}

@@ -5,6 +5,7 @@ states with transformers' on four prompts, and says a verdict. The exit code is 
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -109,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--tp-size", type=int, default=1)
     parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument("--extra-args", type=json.loads, default={}, help="SGLang's, as JSON")
     given = parser.parse_args(arguments)
     logs.setup("probe")
     if given.device == "cpu":
@@ -124,7 +126,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "inference": {
                 "engine": "sglang",
                 "inference_num_gpus": given.tp_size,
-                "sglang": {"tp_size": given.tp_size, "prefill_tokens": PREFILL_TOKENS},
+                "sglang": {
+                    "tp_size": given.tp_size,
+                    "prefill_tokens": PREFILL_TOKENS,
+                    "extra_args": given.extra_args,
+                },
             },
             "cluster": {"device": given.device},
         }

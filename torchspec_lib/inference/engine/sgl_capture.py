@@ -12,6 +12,7 @@ it can be read. Only ids and metadata cross the border between the processes.
 
 import inspect
 import logging
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,6 +41,10 @@ logger = logging.getLogger(__name__)
 
 _NUM_WRITERS = 2
 """Samples that are put at a time."""
+
+_SWITCH_INTERVAL_S = 0.0005
+"""For how long a thread of Python may keep the others waiting. Storing a sample takes dozens of
+turns, and the loop that runs forwards is busy between them: with Python's 5 ms they add up."""
 
 Order = CaptureRequest | SampleKey
 """To store a request's sample, or to forget what was captured under a key."""
@@ -116,20 +121,24 @@ def start_capture(scheduler: Any, settings: CaptureSettings) -> None:
         StoreUnavailableError: The store isn't there.
     """
     model = find(scheduler, "tp_worker.model_runner.model")
-    arm(model, settings.aux_layer_ids)
+    decoder = arm(model, settings.aux_layer_ids)
     processor = logits_processor(model)
     if dist.get_rank() != 0:
         settings.engine.close()  # so that its end can be seen when the first rank dies
         return
     assert settings.attach is not None
-    recorder = Recorder()
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
+    recorder = Recorder(next(model.parameters()).device)
+    decoder.register_forward_pre_hook(recorder.start_moving)
     processor.register_forward_hook(recorder.hook, with_kwargs=True)
     writer = Writer(recorder, settings.attach(), settings.engine)
     threading.Thread(target=writer.run, name="capture-writer", daemon=True).start()
 
 
-def arm(model: nn.Module, aux_layer_ids: tuple[int, ...]) -> None:
+def arm(model: nn.Module, aux_layer_ids: tuple[int, ...]) -> nn.Module:
     """Have ``model`` give the outputs of ``aux_layer_ids`` beside its last state.
+
+    Returns the module that runs its layers.
 
     SGLang counts boundaries: k lies before layer k, and so after layer k - 1. Most models turn
     layers into boundaries themselves; some (DeepSeek's, gpt-oss) take certain lists for
@@ -142,14 +151,16 @@ def arm(model: nn.Module, aux_layer_ids: tuple[int, ...]) -> None:
     if set_layers is None:
         raise _unfit(f"{type(model).__name__}.set_eagle3_layers_to_capture")
     set_layers(list(aux_layer_ids))
-    armed: list[Any] = [
+    armed: list[nn.Module] = [
         module for module in model.modules() if getattr(module, "layers_to_capture", None)
     ]
     if len(armed) != 1:
         raise _unfit(f"layers_to_capture in one module of {type(model).__name__}")
     boundaries = [layer_id + 1 for layer_id in aux_layer_ids]
-    if list(armed[0].layers_to_capture) != boundaries:
-        armed[0].layers_to_capture = boundaries
+    decoder: Any = armed[0]
+    if list(decoder.layers_to_capture) != boundaries:
+        decoder.layers_to_capture = boundaries
+    return armed[0]
 
 
 def logits_processor(model: nn.Module) -> nn.Module:

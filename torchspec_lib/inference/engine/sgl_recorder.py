@@ -4,11 +4,16 @@ SGLang packs the prompts of a forward into one tensor of rows, one row a token, 
 long prompt in several pieces. The recorder cuts the rows apart again; ``Recorder.take`` puts a
 prompt's pieces together, or says what is missing. ``N`` rows of a forward, ``T`` tokens of a
 prompt, ``H`` the target's hidden size, ``n`` auxiliary layers.
+
+A GPU's states go to pinned memory on a stream of their own, but not right behind their forward:
+the tokens that SGLang fetches then would wait for them (10 ms behind 512 MiB). They go when the
+next forward begins, or when a sample is asked for.
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -33,27 +38,69 @@ class IncompleteError(Exception):
     """A prompt's states weren't all computed, or aren't its own."""
 
 
+class Rows:
+    """What a forward computed: ids [N], auxiliary states [N, n*H], last states [N, H].
+
+    The auxiliary layers ascend; the last states come after the final norm.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        """``tensors`` are nobody else's; the current stream computes them."""
+        self._tensors, self._moved = list(tensors), None
+        on_gpu = tensors[0].is_cuda
+        self._computed = torch.cuda.current_stream().record_event() if on_gpu else None
+
+    def start_moving(self, stream: torch.cuda.Stream) -> None:
+        """Have ``stream`` copy them to host memory."""
+        assert self._computed is not None
+        with torch.cuda.stream(stream):
+            stream.wait_event(self._computed)
+            for i, tensor in enumerate(self._tensors):
+                host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
+                self._tensors[i] = host.copy_(tensor, non_blocking=True)
+                tensor.record_stream(stream)
+            self._moved = stream.record_event()
+
+    def on_host(self, span: slice) -> list[Tensor]:
+        """Some of the rows. Waits for them to arrive."""
+        if self._moved is not None:
+            self._moved.synchronize()
+        return [tensor[span] for tensor in self._tensors]
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Consecutive tokens of a prompt, in host memory once ``ready`` returns."""
+    """Consecutive tokens of a prompt."""
 
     first: int
     """Position of its first token in the prompt."""
-    input_ids: Tensor
-    aux_hidden_states: Tensor
-    """[T, n*H], layers ascending."""
-    last_hidden_states: Tensor
-    """[T, H], after the final norm."""
-    ready: Callable[[], None]
+    rows: Rows
+    span: slice
+
+    @property
+    def end(self) -> int:
+        length: int = self.span.stop - self.span.start
+        return self.first + length
 
 
 class Recorder:
     """Records every prompt that runs, by its request's id. Taken from by other threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        """``device`` is the target's."""
         self._pieces: dict[str, list[Piece]] = {}
         self._lock = threading.Lock()
-        self._side_stream: torch.cuda.Stream | None = None
+        self._staying: list[Rows] = []
+        """On the GPU, still."""
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def start_moving(self, *_: object) -> None:
+        """Have what was computed so far brought to host memory. A forward pre-hook, too."""
+        with self._lock:
+            for rows in self._staying:
+                assert self._stream is not None
+                rows.start_moving(self._stream)
+            self._staying.clear()
 
     def hook(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any
@@ -63,19 +110,27 @@ class Recorder:
         batch, aux = given["logits_metadata"], given.get("aux_hidden_states")
         if not batch.rids or aux is None or not batch.forward_mode.is_extend():
             return  # a warm-up, or the forward after a prompt
-        packed_aux = aux if isinstance(aux, Tensor) else torch.cat(list(aux), dim=-1)
-        tensors = given["input_ids"], packed_aux, given["hidden_states"]
         lengths = list(batch.extend_seq_lens_cpu)
-        host, ready = self._to_host([tensor[: sum(lengths)] for tensor in tensors])
-        spans = zip(*(tensor.split(lengths) for tensor in host), strict=True)
+        num_rows = sum(lengths)
+        parts = [aux] if isinstance(aux, Tensor) else aux
+        rows = Rows(
+            [
+                given["input_ids"][:num_rows].clone(),
+                torch.cat([part[:num_rows] for part in parts], dim=-1),
+                given["hidden_states"][:num_rows].clone(),
+            ]
+        )
+        ends = list(accumulate(lengths))
         firsts = batch.extend_prefix_lens_cpu
         with self._lock:
-            for rid, first, (ids, aux_TnH, last_TH) in zip(batch.rids, firsts, spans, strict=True):
-                piece = Piece(int(first), ids, aux_TnH, last_TH, ready)
+            for rid, first, end, length in zip(batch.rids, firsts, ends, lengths, strict=True):
+                piece = Piece(int(first), rows, slice(end - length, end))
                 self._pieces.setdefault(rid, []).append(piece)
+            if self._stream is not None:
+                self._staying.append(rows)
 
     def take(self, rid: str, prompt: Prompt) -> dict[str, Tensor]:
-        """What a sample of ``prompt`` holds (see ``SampleRef``), once its copies are there.
+        """What a sample of ``prompt`` holds (see ``SampleRef``), in host memory.
 
         Raises:
             IncompleteError: Some of it wasn't computed, or other tokens were.
@@ -88,16 +143,16 @@ class Recorder:
                 raise IncompleteError(
                     f"tokens {num_tokens} to {piece.first} weren't computed: a prefix cache?"
                 )
-            num_tokens += len(piece.input_ids)
+            num_tokens = piece.end
         if num_tokens != prompt.num_tokens:
             raise IncompleteError(f"{num_tokens} of {prompt.num_tokens} tokens were captured")
-        for piece in pieces:
-            piece.ready()
+        self.start_moving()
+        ids, aux, last = zip(*(piece.rows.on_host(piece.span) for piece in pieces), strict=True)
         sample = {
-            "input_ids": _joined([piece.input_ids for piece in pieces]).to(torch.int32),
+            "input_ids": _joined(ids).to(torch.int32),
             "loss_mask": torch.tensor(prompt.loss_mask, dtype=torch.bool),
-            "aux_hidden_states": _joined([piece.aux_hidden_states for piece in pieces]),
-            "last_hidden_states": _joined([piece.last_hidden_states for piece in pieces]),
+            "aux_hidden_states": _joined(aux),
+            "last_hidden_states": _joined(last),
         }
         if not torch.equal(sample["input_ids"], torch.tensor(prompt.token_ids, dtype=torch.int32)):
             raise IncompleteError("other tokens were captured than the prompt's")
@@ -108,27 +163,6 @@ class Recorder:
         with self._lock:
             self._pieces.pop(rid, None)
 
-    def _to_host(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Callable[[], None]]:
-        """Copies in host memory, complete once the function that comes with them returns.
-
-        A GPU's go into pinned memory, on a stream of their own beside the next forward.
-        """
-        if tensors[0].device.type != "cuda":
-            return [tensor.clone() for tensor in tensors], _nothing
-        stream = self._side_stream = self._side_stream or torch.cuda.Stream(tensors[0].device)
-        stream.wait_stream(torch.cuda.current_stream(tensors[0].device))
-        copies = []
-        with torch.cuda.stream(stream):
-            for tensor in tensors:
-                pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-                copies.append(pinned.copy_(tensor, non_blocking=True))
-                tensor.record_stream(stream)
-        return copies, stream.record_event().synchronize
-
 
 def _joined(pieces: Sequence[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces))
-
-
-def _nothing() -> None:
-    pass
