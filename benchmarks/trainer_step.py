@@ -36,7 +36,7 @@ from torchspec_lib.models.draft_config import DraftModelConfig
 from torchspec_lib.models.eagle3 import Eagle3Draft
 from torchspec_lib.models.target_head import TargetHead
 from torchspec_lib.models.ttt import Eagle3Model, supervise
-from torchspec_lib.training.fsdp import Rendezvous, clip_gradients, init_process_group, shard
+from torchspec_lib.training.fsdp import Rendezvous, clip_gradients, init_process_group, parallelize
 
 DEPTH_DECAY, MAX_GRAD_NORM = 0.8, 0.5
 
@@ -155,7 +155,7 @@ class Step:
         draft.init_weights(self.head.draft_rows_VdH, torch.Generator(device).manual_seed(0))
         self.model: nn.Module = Eagle3Model(draft, TTT_STEPS)
         if fsdp:
-            shard(self.model, device, dtype)
+            parallelize(self.model, device, dtype)
         else:
             self.model = Float32Masters(self.model, dtype)
         self.optimizer = torch.optim.AdamW(

@@ -1,5 +1,6 @@
 """Real FSDP2 over Gloo: on one rank in this process, on two in processes of their own."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,10 +24,13 @@ from tests.training_cases import (
 )
 from torchspec_lib.errors import UserError
 from torchspec_lib.models.export import load_draft
-from torchspec_lib.training.fsdp import clip_gradients, shard
+from torchspec_lib.training.checkpoint import CheckpointFolder
+from torchspec_lib.training.checkpoint_files import checkpoint_path
+from torchspec_lib.training.fsdp import clip_gradients, parallelize
 
 TWO_RANKS = ([[0, 4], [5], [3]], [[2, 1], [], []])
 REDUCTIONS = ("token", "sample")
+FILES = (*REDUCTIONS, "replicate")
 
 
 def _work(folder: Path) -> None:
@@ -40,6 +44,13 @@ def _work(folder: Path) -> None:
         else:
             assert metrics == [None] * 3
     trainer.export(folder / "draft")
+    trainer = make_trainer(folder / "replicate", {"parallelism": "replicate"})
+    metrics = train(trainer, 3, TWO_RANKS[rank])
+    weights = weights_of(trainer)
+    if rank == 0:
+        torch.save((metrics, weights), folder / "replicate.pt")
+    for parameter in trainer._model.parameters():
+        assert parameter.to_local().shape == parameter.shape
     _clip_with_an_empty_shard(folder)
 
 
@@ -47,7 +58,7 @@ def _clip_with_an_empty_shard(folder: Path) -> None:
     """A parameter of one row has nothing on rank 1."""
     model = torch.nn.Linear(4, 1, bias=False)
     torch.nn.init.ones_(model.weight)
-    shard(model, CPU, torch.float32)
+    parallelize(model, CPU, torch.float32)
     model(torch.full((2, 4), 3.0)).sum().backward()
     norm = clip_gradients(model, 1.0)
     (folder / f"norm-{dist.get_rank()}").write_text(str(norm.item()))
@@ -61,7 +72,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def two_ranks(folder):
     on_two_ranks(_work, folder)
-    return {name: torch.load(folder / f"{name}.pt", weights_only=False) for name in REDUCTIONS}
+    return {name: torch.load(folder / f"{name}.pt", weights_only=False) for name in FILES}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -92,6 +103,17 @@ def test_two_ranks_take_the_steps_of_one(folder, two_ranks, reduction):
     _same_run(metrics, weights, *two_ranks[reduction])
 
 
+def test_ranks_that_hold_all_parameters_take_the_steps_of_ranks_that_share_them(folder, two_ranks):
+    _same_run(*two_ranks["token"], *two_ranks["replicate"])
+
+
+def test_a_checkpoint_of_whole_parameters_goes_on_sharded(folder, two_ranks):
+    trainer = make_trainer(folder)
+    trainer.resume(checkpoint_path(folder / "replicate" / "ckpt", 3))
+    weights = weights_of(trainer)
+    assert all(torch.equal(w, weights[name]) for name, w in two_ranks["replicate"][1].items())
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_many_micro_batches_take_the_steps_of_one(folder, reduction):
     runs = []
@@ -119,7 +141,7 @@ def test_a_step_reports_the_whole_batch_once(two_ranks):
 def test_the_loss_of_the_same_samples_falls(folder):
     trainer = make_trainer(folder)
     steps = [replace(prepare(trainer, 1, ONE_BATCH), step=step) for step in range(1, 6)]
-    losses = [trainer.train_step(step).loss for step in steps]
+    losses = [trainer.train_step(step)().loss for step in steps]
     assert losses == sorted(losses, reverse=True)
 
 
@@ -128,7 +150,7 @@ def test_a_step_without_any_supervised_token_changes_no_weight(folder):
     before = weights_of(trainer)
     metrics = trainer.train_step(
         replace(prepare(trainer, 1, []), batches=(trainer.empty_batch,) * 2)
-    )
+    )()
     after = weights_of(trainer)
     assert (metrics.loss, metrics.grad_norm, metrics.accept_length) == (0.0, 0.0, 1.0)
     assert (metrics.num_samples, metrics.num_tokens, metrics.num_loss_tokens) == (0, 0, 0)
@@ -149,7 +171,7 @@ def test_gradients_that_are_not_finite_end_the_run_and_name_the_step(folder):
     prepared = prepare(trainer, 5, ONE_BATCH)
     prepared.batches[0].aux_states_TA[30, 0] = float("inf")
     with pytest.raises(UserError, match=r"step 5: .*nan.*training\.learning_rate"):
-        trainer.train_step(prepared)
+        trainer.train_step(prepared)()
 
 
 def test_a_parameter_smaller_than_the_group_is_clipped_by_the_global_norm(folder, two_ranks):
@@ -166,22 +188,52 @@ def test_the_export_of_two_ranks_holds_their_weights(folder, two_ranks):
     assert (loaded.draft_vocab == DRAFT_VOCAB).all()
 
 
-def test_what_a_rank_is_at_can_be_read(tmp_path):
-    trainer = make_trainer(tmp_path, interval=2)
-    said = []
+def test_a_step_is_trained_while_the_one_before_is_reported(tmp_path):
+    trainer = make_trainer(tmp_path, interval=3)
+    second_is_asked_for, said = threading.Event(), []
 
-    class TellingControl(RecordingControl):
+    class SlowControl(RecordingControl):
         def report(self, report):
-            said.append(trainer.doing)
+            assert second_is_asked_for.wait(30)
+            super().report(report)
+
+    control = SlowControl()
 
     def steps():
         for step in (1, 2, 3):
-            said.append(trainer.doing)
+            said.append((trainer.doing, len(control.reports)))
+            if step == 2:
+                second_is_asked_for.set()
             yield prepare(trainer, step, [[0]])
 
-    trainer.run(steps(), TellingControl())
-    mains = [doing.split("; ")[0] for doing in said]
-    assert mains == [
-        text for n in (1, 2, 3) for text in (f"waiting for step {n}", f"reporting step {n}")
-    ]
+    assert trainer.run(steps(), control) == 3
+    assert [doing for doing, _ in said] == [f"waiting for step {n}" for n in (1, 2, 3)]
+    assert said[1][1] == 0
+    assert said[2][1] >= 1  # never two steps ahead of what is reported
+    assert [report.step for report in control.reports] == [1, 2, 3]
     assert trainer.doing == "done"
+
+
+def test_a_step_is_saved_once_it_is_reported(tmp_path):
+    control = RecordingControl()
+
+    class Folder(CheckpointFolder):
+        def save(self, state, step, accounts):
+            assert control.reports[-1].step == step
+            super().save(state, step, accounts)
+
+    trainer = make_trainer(tmp_path, interval=1, checkpoints=Folder)
+    trainer.run((prepare(trainer, step, [[0]]) for step in (1, 2, 3)), control)
+
+
+def test_what_goes_wrong_in_a_report_ends_the_run_and_the_step_is_not_saved(tmp_path):
+    trainer = make_trainer(tmp_path, interval=2)
+
+    class LostControl(RecordingControl):
+        def report(self, report):
+            if report.step == 2:
+                raise UserError("the controller is gone")
+
+    with pytest.raises(UserError, match="gone"):
+        trainer.run((prepare(trainer, step, [[0]]) for step in (1, 2, 3)), LostControl())
+    assert not list((tmp_path / "ckpt").glob("*"))

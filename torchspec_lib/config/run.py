@@ -22,6 +22,7 @@ _INDIFFERENT = {
     "training_num_nodes",
     "training_num_gpus_per_node",
     "micro_batch_tokens",
+    "parallelism",
     "prefetch_steps",
     "checkpoint_interval",
     "keep_checkpoints",

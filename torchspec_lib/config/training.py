@@ -53,6 +53,9 @@ class TrainingConfig(Settings):
     """Depth k of the training-time test weighs ``depth_decay ** k``."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Matrix products; parameters, softmax and gradient sums are always float32."""
+    parallelism: Literal["shard", "replicate"] = "shard"
+    """``shard``: ranks share parameters, gradients and optimizer state (FSDP). ``replicate``: each
+    holds all of it (DDP), and gradients are all they exchange."""
     prefetch_steps: PositiveInt = 2
     """Steps whose samples a rank fetches ahead."""
     checkpoint_interval: PositiveInt = 1000

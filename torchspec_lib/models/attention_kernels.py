@@ -56,6 +56,8 @@ def _attend_keys(
         keys = first + tl.arange(0, BN)
         rows = tl.minimum(keys, num_keys - 1) if MASKED else keys
         k = _tile(k_ptr, rows, cols, STRIDE, D, D_PAD)
+        # Scaled before the hidden ones are set: -1e30 times the scale, less its own rounded self in
+        # one fused operation, would leave the rounding, and 2 to the power of that is infinite.
         scores = tl.dot(q, k.T, input_precision=PRECISION) * scale
         if MASKED:
             visible = (keys[None, :] <= pos[:, None]) & (keys[None, :] >= start[:, None])

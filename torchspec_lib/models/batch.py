@@ -11,7 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from torchspec_lib.models.chains import Chains, find_chains
+from torchspec_lib.models.chains import Chains, find_chains, recorded
 
 _INT_DTYPES = (torch.int32, torch.int64)
 
@@ -57,8 +57,13 @@ class PackedBatch:
         )
 
     def pin_memory(self) -> "PackedBatch":
-        """A copy in page-locked memory, from which a device copies without blocking the host."""
+        """A copy in page-locked memory, from which a GPU copies without blocking the host."""
         return self._map(lambda tensor: tensor.pin_memory(), self.chains.pin_memory())
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keep the memory, which another stream's allocator gave, until ``stream`` is through."""
+        self.chains.record_stream(stream)
+        self._map(lambda tensor: recorded(tensor, stream), self.chains)
 
     def _map(self, change: Callable[[Tensor], Tensor], chains: Chains) -> "PackedBatch":
         return PackedBatch(
@@ -71,8 +76,12 @@ class PackedBatch:
         )
 
 
-def pack(samples: Sequence[Mapping[str, Tensor]]) -> PackedBatch:
+def pack(samples: Sequence[Mapping[str, Tensor]], pin_memory: bool = False) -> PackedBatch:
     """Pack samples as the store hands them out (see ``types.SampleRef``), in this order.
+
+    Args:
+        samples: At least one.
+        pin_memory: Into page-locked memory, with no copy in between.
 
     Raises:
         ValueError: No samples, or one whose tensors don't fit each other or its neighbours.
@@ -83,13 +92,32 @@ def pack(samples: Sequence[Mapping[str, Tensor]]) -> PackedBatch:
     for i, sample in enumerate(samples):
         _check(i, sample, *widths)
     lengths = [len(sample["input_ids"]) for sample in samples]
+    doc_starts = tuple(accumulate(lengths, initial=0))
+    loss_mask_T = _joined(samples, "loss_mask", pin_memory)
+    chains = find_chains(loss_mask_T, doc_starts)
     return PackedBatch(
-        torch.cat([sample["input_ids"] for sample in samples]).long(),
-        torch.cat([sample["loss_mask"] for sample in samples]),
-        torch.cat([sample["aux_hidden_states"] for sample in samples]),
-        torch.cat([sample["last_hidden_states"] for sample in samples]),
-        tuple(accumulate(lengths, initial=0)),
+        _joined(samples, "input_ids", pin_memory, torch.int64),
+        loss_mask_T,
+        _joined(samples, "aux_hidden_states", pin_memory),
+        _joined(samples, "last_hidden_states", pin_memory),
+        doc_starts,
+        chains.pin_memory() if pin_memory else chains,
     )
+
+
+def _joined(
+    samples: Sequence[Mapping[str, Tensor]],
+    name: str,
+    pin_memory: bool,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Copied once, to where it stays."""
+    parts = [sample[name] for sample in samples]
+    num_rows = sum(map(len, parts))
+    out = torch.empty(
+        (num_rows, *parts[0].shape[1:]), dtype=dtype or parts[0].dtype, pin_memory=pin_memory
+    )
+    return torch.cat(parts, out=out)
 
 
 def empty_batch(aux_width: int, hidden: int, dtype: torch.dtype) -> PackedBatch:

@@ -54,6 +54,9 @@ class Chains:
     def pin_memory(self) -> Self:
         return self._map(lambda tensor: tensor.pin_memory())
 
+    def record_stream(self, stream: torch.Stream) -> None:
+        self._map(lambda tensor: recorded(tensor, stream))
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> Self:
         return replace(
             self,
@@ -63,6 +66,12 @@ class Chains:
             lives_C=change(self.lives_C),
             token_positions_T=change(self.token_positions_T),
         )
+
+
+def recorded(tensor: Tensor, stream: torch.Stream) -> Tensor:
+    """``tensor``, whose memory stays its own until ``stream``'s work before its end is through."""
+    tensor.record_stream(stream)
+    return tensor
 
 
 def find_chains(loss_mask_T: Tensor, doc_starts: tuple[int, ...]) -> Chains:

@@ -87,7 +87,10 @@ class _HeadLoss(torch.autograd.Function):
                 if head_grad is not None:
                     torch.mm(logits, lm_head, out=state_grads[depth][rows])
                     add_product_(head_grad, logits.T, x[rows])
-        ctx.head_grad, ctx.state_grads = head_grad, state_grads
+        del logits, shifted  # the next line needs room
+        # Rounded now, as autograd would: half the memory until the backward.
+        ctx.head_grad = None if head_grad is None else head_grad.to(lm_head.dtype)
+        ctx.state_grads = state_grads
         ctx.mark_non_differentiable(losses_KC, draft_ids_KC)
         return (weights_KC * losses_KC).sum(), losses_KC, draft_ids_KC
 

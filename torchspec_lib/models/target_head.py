@@ -43,6 +43,8 @@ class TargetHead(nn.Module):
     """The target's embedding and lm_head, and the draft's share of its vocabulary."""
 
     draft_ids_V: Tensor
+    """Of each target id, the row of the draft's head; -1 where it has none."""
+    _kept_Vd: Tensor
 
     def __init__(
         self, embed_VH: Tensor, lm_head_VH: Tensor, draft_vocab: npt.NDArray[np.int64] | None
@@ -53,15 +55,13 @@ class TargetHead(nn.Module):
         tied = lm_head_VH is embed_VH
         self.lm_head_VH = self.embed_VH if tied else nn.Parameter(lm_head_VH, requires_grad=False)
         vocab_size = len(lm_head_VH)
-        if draft_vocab is None:
-            self.draft_rows_VdH = self.lm_head_VH
-            draft_ids_V = torch.arange(vocab_size)
-        else:
-            target_ids = torch.from_numpy(draft_vocab.astype(np.int64))
-            self.draft_rows_VdH = nn.Parameter(lm_head_VH[target_ids], requires_grad=False)
-            draft_ids_V = torch.full((vocab_size,), -1)
-            draft_ids_V[target_ids] = torch.arange(len(target_ids))
+        self._is_whole = draft_vocab is None
+        kept = np.arange(vocab_size) if draft_vocab is None else draft_vocab.astype(np.int64)
+        kept_Vd = torch.from_numpy(kept)
+        draft_ids_V = torch.full((vocab_size,), -1)
+        draft_ids_V[kept_Vd] = torch.arange(len(kept_Vd))
         self.register_buffer("draft_ids_V", draft_ids_V)
+        self.register_buffer("_kept_Vd", kept_Vd)
 
     @classmethod
     def load(
@@ -81,6 +81,14 @@ class TargetHead(nn.Module):
             return cls(embed_VH, embed_VH, draft_vocab)
         return cls(embed_VH, _load_rows(folder, LM_HEAD, shape).to(dtype), draft_vocab)
 
+    @property
+    def draft_rows_VdH(self) -> Tensor:
+        """The output head's rows for the draft vocabulary; a copy where that isn't the whole.
+
+        Gathered anew each time: it takes a thousandth of a step, and no memory at its peak.
+        """
+        return self.lm_head_VH if self._is_whole else self.lm_head_VH[self._kept_Vd]
+
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings [..., H] of target token ids."""
         return F.embedding(ids, self.embed_VH)
@@ -95,14 +103,14 @@ class TargetHead(nn.Module):
     @torch.no_grad()
     def knows_choices(self, last_NH: Tensor) -> Tensor:
         """Whether the draft vocabulary holds the target's greedy next token, bool [N]."""
-        if self.draft_rows_VdH is self.lm_head_VH:
+        if self._is_whole:
             return torch.ones(len(last_NH), dtype=torch.bool, device=last_NH.device)
         return self.draft_ids_V[self.target_ids(last_NH)] >= 0
 
     @torch.no_grad()
     def teacher_logits(self, last_NH: Tensor) -> Tensor:
         """The target's logits over the draft vocabulary, [N, Vd]."""
-        return F.linear(last_NH.to(self.draft_rows_VdH.dtype), self.draft_rows_VdH)
+        return F.linear(last_NH.to(self.lm_head_VH.dtype), self.draft_rows_VdH)
 
 
 def _load_rows(folder: Path, name: str, shape: tuple[int, int]) -> Tensor:

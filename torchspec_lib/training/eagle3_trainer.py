@@ -6,7 +6,9 @@ Shapes: ``K`` depths of the training-time test, ``Vd`` draft vocabulary.
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,12 @@ from torchspec_lib.target import TargetSpec
 from torchspec_lib.training import continual
 from torchspec_lib.training.checkpoint import CheckpointFolder
 from torchspec_lib.training.continual import DRAFT_PREFIX
-from torchspec_lib.training.fsdp import clip_gradients, set_gradient_sync, shard
+from torchspec_lib.training.device_copies import DeviceCopies
+from torchspec_lib.training.fsdp import clip_gradients, parallelize, set_gradient_sync
 from torchspec_lib.training.optimizer import build_optimizer, build_scheduler
 from torchspec_lib.training.prefetch import PreparedStep
 from torchspec_lib.training.state import TrainingState
-from torchspec_lib.training.trainer import Trainer
+from torchspec_lib.training.trainer import Measure, Trainer
 from torchspec_lib.types import StepMetrics
 
 logger = logging.getLogger(__name__)
@@ -78,13 +81,17 @@ class Eagle3Trainer(Trainer):
         draft = Eagle3Draft(self._config)
         draft.init_weights(head.draft_rows_VdH, torch.Generator().manual_seed(run.seed))
         self._model = Eagle3Model(draft, run.draft.ttt_steps, run.training.loss)
-        shard(self._model, device, getattr(torch, run.training.compute_dtype))
+        compute_dtype = getattr(torch, run.training.compute_dtype)
+        parallelize(self._model, device, compute_dtype, run.training.parallelism)
         self._head = head.to(device)
         optimizer = build_optimizer(self._model, run.training)
         scheduler = build_scheduler(optimizer, run.training, num_steps)
         super().__init__(TrainingState(self._model, optimizer, scheduler), checkpoints)
         depths_K = torch.arange(run.draft.ttt_steps, dtype=torch.float64, device=device)
         self._depth_weight_K = run.training.depth_decay**depths_K
+        self._copies = DeviceCopies(device)
+        self._free_at = -math.inf
+        """When the device was through with the last step that was measured."""
 
     @property
     def empty_batch(self) -> PackedBatch:
@@ -92,72 +99,65 @@ class Eagle3Trainer(Trainer):
         config = self._config
         return empty_batch(config.aux_width, config.target_hidden_size, self._target_dtype)
 
-    def train_step(self, prepared: PreparedStep) -> StepMetrics:
-        """Take one optimizer step; its figures are read from the device once, at the end.
+    def train_step(self, prepared: PreparedStep) -> Measure:
+        """Start one optimizer step, without waiting for a GPU.
 
-        Raises:
-            UserError: The gradients aren't finite.
+        Returns:
+            What gives its figures; it raises a UserError if the gradients aren't finite.
         """
-        start = time.monotonic()
-        supervisions = [self._supervise(batch) for batch in prepared.batches]
+        started_at = time.monotonic()
+        supervisions, last = self._supervise(prepared.batches)
         counts = self._count(prepared, supervisions)
         dist.all_reduce(counts)
         denominator_K = counts[3:]
         # A depth that no chain of the whole batch reaches enters no average.
         scale_K = torch.where(denominator_K > 0, self._depth_weight_K / denominator_K, 0.0)
-        sums_3K = self._backward(prepared.batches, supervisions, scale_K)
+        # From the last on, which is still on the device.
+        others = self._copies.ahead(reversed(prepared.batches[:-1]))
+        sums_3K = self._backward(chain([last], others), supervisions[::-1], scale_K)
         dist.all_reduce(sums_3K)
         grad_norm = clip_gradients(self._model, self._training.max_grad_norm)
         learning_rate = self._update()
         loss = (scale_K * sums_3K[0]).sum()
         scalars = torch.stack([loss, grad_norm.double(), *counts[:3]])
-        loss_, norm, *nums = torch.cat([scalars, sums_3K[1:].flatten()]).tolist()
-        _check_finite(prepared.step, loss_, norm)
-        num_samples, num_tokens, num_loss_tokens, *per_depth = map(int, nums)
-        num_depths = len(scale_K)
-        return StepMetrics(
-            step=prepared.step,
-            loss=loss_,
-            learning_rate=learning_rate,
-            grad_norm=norm,
-            chains=tuple(per_depth[:num_depths]),
-            matches=tuple(per_depth[num_depths:]),
-            num_samples=num_samples,
-            num_tokens=num_tokens,
-            num_loss_tokens=num_loss_tokens,
-            step_s=time.monotonic() - start,
-            wait_s=prepared.wait_s,
-        )
+        figures = _Figures(torch.cat([scalars, sums_3K[1:].flatten()]))
+        return partial(self._measure, prepared, figures, learning_rate, started_at)
 
-    def _supervise(self, batch: PackedBatch) -> Supervision:
-        return supervise(
-            batch.to(self._device),
-            self._head,
-            self._model.ttt_steps,
-            self._training.loss_reduction,
-        )
+    def _supervise(self, batches: Sequence[PackedBatch]) -> tuple[list[Supervision], PackedBatch]:
+        """What is supervised of each batch, and the last one on the device."""
+        supervisions = []
+        for batch in self._copies.ahead(batches):
+            supervisions.append(
+                supervise(batch, self._head, self._model.ttt_steps, self._training.loss_reduction)
+            )
+        return supervisions, batch
 
     def _count(self, prepared: PreparedStep, supervisions: Sequence[Supervision]) -> Tensor:
         """[3 + K], float64: this rank's samples, tokens, loss tokens, and weights by depth."""
         num_loss_tokens = sum(int(batch.loss_mask_T.sum()) for batch in prepared.batches)
         counts = [len(prepared.trained), prepared.num_tokens, num_loss_tokens]
+        pinned = self._device.type == "cuda"
+        counts_3 = torch.tensor(counts, dtype=torch.float64, pin_memory=pinned)
         weights_K = torch.stack([s.weight_sums_K for s in supervisions]).sum(0)
-        return torch.cat([torch.tensor(counts).to(weights_K, non_blocking=True), weights_K])
+        return torch.cat([counts_3.to(self._device, non_blocking=True), weights_K])
 
     def _backward(
         self,
-        batches: Sequence[PackedBatch],
+        batches: Iterable[PackedBatch],
         supervisions: Sequence[Supervision],
         scale_K: Tensor,
     ) -> Tensor:
         """Add up the gradients of the global batch; gives this rank's losses, chains, matches.
 
-        A batch is copied to the device a second time: so only one has to fit there.
+        Args:
+            batches: On the device; brought there one by one, so that all needn't fit.
+            supervisions: Theirs.
+            scale_K: As ``Eagle3Model`` takes it.
         """
         sums_3K = scale_K.new_zeros(3, len(scale_K))
-        for i, (batch, supervised) in enumerate(zip(batches, supervisions, strict=True)):
-            set_gradient_sync(self._model, i == len(batches) - 1)
-            share, sums = self._model(batch.to(self._device), self._head, supervised, scale_K)
+        for i, (batch, supervised) in enumerate(zip(batches, supervisions, strict=True), 1):
+            set_gradient_sync(self._model, i == len(supervisions))
+            share, sums = self._model(batch, self._head, supervised, scale_K)
             share.backward()
             sums_3K += torch.stack([sums.loss_K, sums.chains_K, sums.matches_K])
         return sums_3K
@@ -170,6 +170,29 @@ class Eagle3Trainer(Trainer):
         optimizer.zero_grad()
         self._state.scheduler.step()
         return learning_rate
+
+    def _measure(
+        self, prepared: PreparedStep, figures: "_Figures", learning_rate: float, started_at: float
+    ) -> StepMetrics:
+        loss, norm, *nums = figures.read()
+        # A step is started while the one before runs: what it waited then cost nothing.
+        free_at, self._free_at = self._free_at, time.monotonic()
+        _check_finite(prepared.step, loss, norm)
+        num_samples, num_tokens, num_loss_tokens, *per_depth = map(int, nums)
+        num_depths = self._model.ttt_steps
+        return StepMetrics(
+            step=prepared.step,
+            loss=loss,
+            learning_rate=learning_rate,
+            grad_norm=norm,
+            chains=tuple(per_depth[:num_depths]),
+            matches=tuple(per_depth[num_depths:]),
+            num_samples=num_samples,
+            num_tokens=num_tokens,
+            num_loss_tokens=num_loss_tokens,
+            step_s=self._free_at - max(started_at, free_at),
+            wait_s=min(prepared.wait_s, max(0.0, started_at - free_at)),
+        )
 
     def start_from(self, path: Path) -> None:
         """Take over a checkpoint's or an exported draft's weights, and nothing else.
@@ -189,6 +212,21 @@ class Eagle3Trainer(Trainer):
             weights = {name.removeprefix(DRAFT_PREFIX): w for name, w in state_dict.items()}
             save_draft(folder, weights, self._config, self._draft_vocab)
             logger.info("event=exported folder=%s step=%d", folder, self.step)
+
+
+class _Figures:
+    """A tensor of float64, on its way from a device that nobody waits for before it is read."""
+
+    def __init__(self, figures: Tensor) -> None:
+        self._figures = figures.to("cpu", non_blocking=True)
+        stream = torch.cuda.current_stream(figures.device) if figures.is_cuda else None
+        self._arrived = None if stream is None else stream.record_event()
+
+    def read(self) -> list[float]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        figures: list[float] = self._figures.tolist()
+        return figures
 
 
 def _check_finite(step: int, loss: float, grad_norm: float) -> None:

@@ -1,4 +1,4 @@
-"""FSDP2 for a draft: the process group, sharding, and collectives that sum.
+"""FSDP2 for a draft: the process group, sharding or replication, and collectives that sum.
 
 Gradients are summed over ranks, never averaged: the loss is divided once, by the counts of
 the whole global batch, before its backward.
@@ -7,7 +7,7 @@ the whole global batch, before its backward.
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -87,17 +87,32 @@ def together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> l
     return [result for result, _ in outcomes]
 
 
-def shard(model: nn.Module, device: torch.device, compute_dtype: torch.dtype) -> None:
-    """Shard a float32 model over all ranks, in place; every rank must hold the same weights.
+def parallelize(
+    model: nn.Module,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    parallelism: Literal["shard", "replicate"] = "shard",
+) -> None:
+    """Bring a float32 model under FSDP, in place; every rank must hold the same weights.
 
     Parameters and their gradients stay float32, a forward computes in ``compute_dtype``.
     One group for the whole model: a draft's layer runs once per depth within one forward, and
     in a group of its own it would be gathered as often.
+
+    Args:
+        model: Moves to ``device``.
+        device: This rank's.
+        compute_dtype: Of matrix products.
+        parallelism: Whether the ranks share the parameters, or each holds all of them.
     """
     model.to(device)
+    num_ranks = dist.get_world_size()
+    # FSDP shards over the last axis of its mesh, and replicates over the one before.
+    mesh_shape = (num_ranks,) if parallelism == "shard" else (num_ranks, 1)
+    names = ("shard",) if parallelism == "shard" else ("replicate", "shard")
     fully_shard(
         model,
-        mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
+        mesh=init_device_mesh(device.type, mesh_shape, mesh_dim_names=names),
         mp_policy=MixedPrecisionPolicy(
             param_dtype=compute_dtype,
             reduce_dtype=torch.float32,

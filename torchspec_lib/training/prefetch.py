@@ -75,7 +75,8 @@ class Prefetcher:
     ) -> None:
         """``empty`` stands for a micro-batch without samples; pinned memory is CUDA's."""
         self._control, self._store, self._rank = control, store, rank
-        self._first_step, self._empty, self._pin_memory = first_step, empty, pin_memory
+        self._first_step, self._pin_memory = first_step, pin_memory
+        self._empty = empty.pin_memory() if pin_memory else empty
         self._room = threading.Semaphore(prefetch_steps)
         self._unreleased: list[SampleKey] = []
         self._prepared: queue.SimpleQueue[PreparedStep | BaseException | None] = queue.SimpleQueue()
@@ -191,5 +192,4 @@ class Prefetcher:
         return self._store.get(ref, _CPU)
 
     def _pack(self, samples: Sequence[Sample]) -> PackedBatch:
-        batch = pack(samples) if samples else self._empty
-        return batch.pin_memory() if self._pin_memory else batch
+        return pack(samples, self._pin_memory) if samples else self._empty

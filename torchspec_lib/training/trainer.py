@@ -2,7 +2,8 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch.distributed as dist
@@ -14,6 +15,9 @@ from torchspec_lib.training.state import TrainingState
 from torchspec_lib.types import StepMetrics, StepReport
 
 logger = logging.getLogger(__name__)
+
+Measure = Callable[[], StepMetrics]
+"""Waits for the end of a step that was started, and gives its figures; called once."""
 
 
 class Trainer(ABC):
@@ -40,8 +44,12 @@ class Trainer(ABC):
         return self._step
 
     @abstractmethod
-    def train_step(self, prepared: PreparedStep) -> StepMetrics:
-        """Take one optimizer step. A collective: all ranks take the same one."""
+    def train_step(self, prepared: PreparedStep) -> Measure:
+        """Start one optimizer step. A collective: all ranks take the same one.
+
+        Returns:
+            What waits for its end and gives its figures.
+        """
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint.
@@ -55,6 +63,9 @@ class Trainer(ABC):
     def run(self, steps: Iterable[PreparedStep], control: TrainingControl) -> int:
         """Train to the end of ``steps``; what was trained last is saved in any case.
 
+        A step is reported while the next one is under way, so that a GPU waits for neither the
+        report nor for being asked how the step went. It is saved once it is reported.
+
         Returns:
             The last step taken.
 
@@ -62,25 +73,39 @@ class Trainer(ABC):
             CheckpointError: The last step can't be saved.
         """
         self._doing = f"waiting for step {self._step + 1}"
-        for prepared in steps:
-            self._doing = f"training step {prepared.step}"
-            metrics = self.train_step(prepared)
-            self._step = prepared.step
-            self._doing = f"reporting step {self._step}"
-            control.report(
-                StepReport(
-                    step=prepared.step,
-                    rank=self._rank,
-                    trained=prepared.trained,
-                    rejected=prepared.rejected,
-                    metrics=metrics if self._rank == 0 else None,
-                )
-            )
-            if self._checkpoints.is_due(self._step):
-                self._doing = f"saving step {self._step}"
-                self._checkpoints.save(self._state, self._step, control.accounts)
-            self._doing = f"waiting for step {self._step + 1}"
+        with ThreadPoolExecutor(1, "report") as thread:
+            reported: Future[None] | None = None
+            for prepared in steps:
+                self._doing = f"training step {prepared.step}"
+                measure = self.train_step(prepared)
+                self._wait_for(reported)
+                self._step = prepared.step
+                reported = thread.submit(self._report, prepared, measure, control)
+                if self._checkpoints.is_due(self._step):
+                    self._wait_for(reported)
+                    self._doing = f"saving step {self._step}"
+                    self._checkpoints.save(self._state, self._step, control.accounts)
+                self._doing = f"waiting for step {self._step + 1}"
+            self._wait_for(reported)
         self._doing = f"saving step {self._step}, the last"
         self._checkpoints.finish(self._state, self._step, control.accounts)
         self._doing = "done"
         return self._step
+
+    def _wait_for(self, reported: Future[None] | None) -> None:
+        """Until the step that was started last is reported; raises what went wrong in it."""
+        if reported is not None:
+            self._doing = f"reporting step {self._step}"
+            reported.result()
+
+    def _report(self, prepared: PreparedStep, measure: Measure, control: TrainingControl) -> None:
+        metrics = measure()
+        control.report(
+            StepReport(
+                step=prepared.step,
+                rank=self._rank,
+                trained=prepared.trained,
+                rejected=prepared.rejected,
+                metrics=metrics if self._rank == 0 else None,
+            )
+        )
