@@ -7,7 +7,9 @@ READY := $(VENV)/.ready
 FREE_MIB := $(shell awk '/MemAvailable/ {print int($$2 / 1024)}' /proc/meminfo)
 CONFIG ?= $(if $(shell test $(FREE_MIB) -ge 5000 && echo roomy),configs/tiny.yaml,configs/tiny_one_rank.yaml)
 
-.PHONY: demo test test-slow sglang chaos check fmt setup package constraints clean
+DRY_RUN ?= --dry-run
+
+.PHONY: demo test test-slow sglang chaos check fmt setup package images run-remote register constraints clean
 .DEFAULT_GOAL := demo
 
 demo: $(READY)  ## prompts -> trained, evaluated and registered draft, on this machine
@@ -48,8 +50,22 @@ $(READY): pyproject.toml constraints.txt tools/system_libraries.sh
 	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cpu,dev]'
 	touch $(READY)
 
+IMAGES := --image default=torchspec-flyte:cpu --image gpu=torchspec-flyte:gpu
+VERSION ?= $(shell git describe --always --dirty --abbrev=40 --exclude="*")
+
 package: $(READY)  ## everything that a Flyte cluster registers, offline
-	$(BIN)/pyflyte --pkgs workflows package --image default=torchspec-flyte:cpu --image gpu=torchspec-flyte:gpu --output build/flyte-package.tgz -f
+	mkdir -p build
+	$(BIN)/pyflyte --pkgs workflows package $(IMAGES) --output build/flyte-package.tgz -f
+
+register: $(READY)  ## what would be registered; DRY_RUN= registers it
+	FLYTECTL_CONFIG=flyte.config.yaml $(BIN)/pyflyte register $(DRY_RUN) --copy none --version $(VERSION) $(IMAGES) workflows
+
+run-remote: $(READY)  ## start the pipeline on the cluster of flyte.config.yaml
+	FLYTECTL_CONFIG=flyte.config.yaml $(BIN)/pyflyte run --remote --copy all workflows/train_draft.py train_draft --inputs-file $(CONFIG)
+
+images: $(READY)  ## the two images of the tasks, with Docker
+	docker build --target cpu --build-arg COMMIT=$(VERSION) --tag torchspec-flyte:cpu .
+	docker build --target gpu --build-arg COMMIT=$(VERSION) --tag torchspec-flyte:gpu .
 
 constraints: $(READY)  ## pin what this environment has
 	{ head -n 1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | sed "s/+cpu$$//" | grep -vxFf tools/sglang_cpu.txt; } > constraints.new

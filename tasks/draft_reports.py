@@ -14,6 +14,7 @@ from tasks.report_page import (
     MUTED,
     WARM,
     axes,
+    decision,
     facts,
     highlighted,
     note,
@@ -29,6 +30,10 @@ from torchspec_lib.results import EvalReport, PromptResult, TrainSummary
 from torchspec_lib.types import StepMetrics
 
 NUM_SAMPLES = 6
+BALANCED = 0.1
+"""Waiting less than this share of the time is no bottleneck."""
+MIN_CHAINS = 10
+"""A rate of fewer chains than these says nothing."""
 NUM_WINDOWS = 25
 """Points of a smoothed curve: windows of steps whose counts are taken together."""
 
@@ -51,7 +56,7 @@ def training_report(summary: TrainSummary, steps: Sequence[StepMetrics]) -> str:
             }
         ),
         section("Learning", _learning_plot(steps)),
-        section("Throughput", _throughput_plot(steps)),
+        section("Throughput", decision(*who_waited(summary)), _throughput_plot(steps)),
         section(
             "Accounts",
             facts(
@@ -60,7 +65,6 @@ def training_report(summary: TrainSummary, steps: Sequence[StepMetrics]) -> str:
                     f"{summary.num_prompts:,} prompts x {summary.num_epochs} epoch(s)",
                     "hidden states streamed": f"{summary.bytes_streamed / MIB:,.0f} MiB",
                     "wall time": f"{summary.wall_s:.1f} s",
-                    "who waited": _who_waited(summary),
                     **rejected,
                 }
             ),
@@ -77,18 +81,25 @@ def _recoveries(summary: TrainSummary) -> list[str]:
     return [section("Lost and replaced", table(("part", "back after", "cause"), rows))]
 
 
-def _who_waited(summary: TrainSummary) -> str:
-    """Which side is the bottleneck, and what would help."""
-    trainers, engines = summary.trainer_wait_s, summary.capture_wait_s
-    shares = (
-        f"trainer rank 0 waited {trainers / summary.wall_s:.0%} of the time for samples, capturing "
-        f"{engines / summary.wall_s:.0%} for the trainers to fetch some"
+def who_waited(summary: TrainSummary) -> tuple[bool, str]:
+    """Whether engines and trainers are in balance, and what to do about it."""
+    trainers, engines = (
+        waited / summary.wall_s for waited in (summary.trainer_wait_s, summary.capture_wait_s)
     )
-    if max(trainers, engines) < 0.1 * summary.wall_s:
-        return f"{shares}: well balanced"
+    if max(trainers, engines) < BALANCED:
+        return (
+            True,
+            f"Well balanced: trainers waited {trainers:.0%} of the time, engines {engines:.0%}",
+        )
     if trainers > engines:
-        return f"{shares}: the engines are the bottleneck, another one would help"
-    return f"{shares}: the trainers are the bottleneck, another rank would help"
+        return False, (
+            f"Engines are the bottleneck: trainers waited {trainers:.0%} of the time for samples. "
+            "Add an engine (inference.inference_num_gpus)"
+        )
+    return False, (
+        f"Trainers are the bottleneck: capturing stood still {engines:.0%} of the time. "
+        "Add a trainer rank (training.training_num_gpus_per_node)"
+    )
 
 
 def _windows(steps: Sequence[StepMetrics]) -> list[Sequence[StepMetrics]]:
@@ -117,10 +128,10 @@ def _learning_plot(steps: Sequence[StepMetrics]) -> str:
 
 
 def _accept_rates(steps: Sequence[StepMetrics]) -> npt.NDArray[np.float64]:
-    """By depth, from the counts of several steps taken together; NaN where none got so far."""
+    """By depth, from the counts of several steps together; NaN where hardly any got so far."""
     chains_K = np.sum([step.chains for step in steps], axis=0)
     matches_K = np.sum([step.matches for step in steps], axis=0)
-    return np.where(chains_K > 0, matches_K / np.maximum(chains_K, 1), np.nan)
+    return np.where(chains_K >= MIN_CHAINS, matches_K / np.maximum(chains_K, 1), np.nan)
 
 
 def _throughput_plot(steps: Sequence[StepMetrics]) -> str:
@@ -139,8 +150,14 @@ def _throughput_plot(steps: Sequence[StepMetrics]) -> str:
     )
 
 
-def evaluation_report(report: EvalReport, tokenizer: Any) -> str:
-    """What the draft is worth: real speculative decoding, with its conditions."""
+def evaluation_report(report: EvalReport, champion: EvalReport | None, tokenizer: Any) -> str:
+    """What the draft is worth: real speculative decoding, with its conditions.
+
+    Args:
+        report: The draft's.
+        champion: The champion's under the same conditions, to be shown beside it.
+        tokenizer: The target's.
+    """
     samples = (highlighted(_accepted_spans(p, tokenizer)) for p in report.prompts[:NUM_SAMPLES])
     return page(
         "Evaluation",
@@ -148,7 +165,9 @@ def evaluation_report(report: EvalReport, tokenizer: Any) -> str:
         tiles(
             {
                 "accept length": f"{report.accept_length:.2f}",
-                "plain decoding": "1.00",
+                "the champion's" if champion else "plain decoding": (
+                    f"{champion.accept_length:.2f}" if champion else "1.00"
+                ),
                 "lossless": f"{report.num_lossless} of {report.num_prompts}",
                 "speed-up, measured": f"{report.measured_speedup:.2f}x",
                 "speed-up, projected": f"{report.projected_speedup:.2f}x",
@@ -159,7 +178,7 @@ def evaluation_report(report: EvalReport, tokenizer: Any) -> str:
             "wall-clock of this evaluation's Python loop. Projected: from the measured costs of "
             "one draft and one target step, without the loop around them"
         ),
-        section("Acceptance", _acceptance_plot(report)),
+        section("Acceptance", _acceptance_plot(report, champion)),
         section(
             "Figures",
             facts(
@@ -184,24 +203,41 @@ def evaluation_report(report: EvalReport, tokenizer: Any) -> str:
     )
 
 
-def _acceptance_plot(report: EvalReport) -> str:
-    accepted = list(chain.from_iterable(prompt.accepted for prompt in report.prompts))
-    counts = [accepted.count(n) for n in range(report.draft_steps + 1)]
+def _acceptance_plot(report: EvalReport, champion: EvalReport | None) -> str:
+    places = np.arange(1, report.draft_steps + 1)
     titles = ["accept rate by position", "draft tokens accepted per target forward"]
-    figure, (rates, lengths) = axes(titles, 2.6)
-    for ax, places, values, form in (
-        (rates, range(1, report.draft_steps + 1), report.accept_rates, "{:.0%}"),
-        (lengths, range(report.draft_steps + 1), counts, "{:,}"),
-    ):
-        ax.bar_label(ax.bar(places, values, color=GOOD, width=0.7), fmt=form, color=MUTED)
-        ax.set_xticks(list(places))
-    rates.set(xlabel="position in the chain", ylim=(0, 1.1))
-    lengths.set(xlabel="tokens", ylim=(0, 1.1 * max(counts)))
+    figure, (rates, lengths) = axes(titles, 2.8)
+    shown = [(report, "this draft", GOOD)]
+    if champion is not None:
+        shown.append((champion, "the champion", "#b8c4cf"))
+    width = 0.76 / len(shown)
+    for i, (one, label, color) in enumerate(shown):
+        shift = width * (i - (len(shown) - 1) / 2)
+        values_at = ((rates, places, one.accept_rates), (lengths, _counted(one), _shares(one)))
+        for ax, xs, values in values_at:
+            bars = ax.bar(np.asarray(xs) + shift, values, color=color, width=width, label=label)
+            ax.bar_label(bars, fmt="{:.0%}", color=MUTED, fontsize=8 if len(shown) == 1 else 7)
+    rates.set(xlabel="position in the chain", ylim=(0, 1.15), xticks=places)
+    lengths.set(xlabel="tokens", xticks=_counted(report), ylim=(0, None))
+    for ax in (rates, lengths):
+        ax.yaxis.set_major_formatter("{x:.0%}")
+    if champion is not None:
+        lengths.legend(frameon=False, fontsize=8)
     return plot(
         figure,
-        "Share of draft tokens accepted at each position given that all before were; how many "
-        "were accepted at once",
+        "Share of draft tokens accepted at each position given that all before were; how often "
+        "so many were accepted at once",
     )
+
+
+def _counted(report: EvalReport) -> list[int]:
+    return list(range(report.draft_steps + 1))
+
+
+def _shares(report: EvalReport) -> list[float]:
+    """How often 0, 1, ... draft tokens were accepted, of all verifications."""
+    accepted = list(chain.from_iterable(prompt.accepted for prompt in report.prompts))
+    return [accepted.count(n) / max(len(accepted), 1) for n in _counted(report)]
 
 
 def _accepted_spans(prompt: PromptResult, tokenizer: Any) -> list[tuple[str, bool]]:

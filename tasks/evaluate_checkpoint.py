@@ -1,49 +1,54 @@
 """Task: a draft -> its accept length, by real speculative decoding."""
 
-import tempfile
 from pathlib import Path
-from typing import NamedTuple
 
-from flytekit import task
+from flytekit import Cache, task
 
 from tasks.outputs import Evaluation, PreparedData, TrainedDraft
-from tasks.resources import EVALUATION, GPU_IMAGE
+from tasks.resources import EVALUATION, EVALUATION_TIMEOUT, GPU_IMAGE, POD_TEMPLATE, RETRIES
 from tasks.run_input import RunInput
 from tasks.stage import stage
 
-
-class Evaluated(NamedTuple):
-    """The evaluation, and whether it passes the gate: a primitive, which Flyte can branch on."""
-
-    evaluation: Evaluation
-    passed: bool
+CACHE_VERSION = "1"
+"""Raise it when the same draft would be measured differently."""
 
 
-@task(container_image=GPU_IMAGE, requests=EVALUATION, enable_deck=True, deck_fields=())
-def evaluate_checkpoint(run: RunInput, data: PreparedData, draft: TrainedDraft) -> Evaluated:
-    """Decode the held-out prompts with the draft and without, and check the gate.
+@task(
+    container_image=GPU_IMAGE,
+    requests=EVALUATION,
+    pod_template_name=POD_TEMPLATE,
+    cache=Cache(version=CACHE_VERSION, ignored_inputs=("run", "data", "draft"), serialize=True),
+    retries=RETRIES,
+    timeout=EVALUATION_TIMEOUT,
+    interruptible=True,
+    enable_deck=True,
+    deck_fields=(),
+)
+def evaluate_checkpoint(
+    run: RunInput,
+    data: PreparedData,
+    draft: TrainedDraft,
+    draft_sha256: str,  # noqa: ARG001 - a part of the cache's key, as is the next
+    key: str,  # noqa: ARG001
+) -> Evaluation:
+    """Decode the held-out prompts with the draft and without.
 
-    The registry's champion is measured too where its figure stems from other conditions.
+    Args:
+        run: What to measure with.
+        data: The held-out prompts.
+        draft: The draft. These three have paths and times in them, which Flyte's cache ignores.
+        draft_sha256: The draft's content.
+        key: ``CheckedRun.evaluation_key``, everything else that the figures depend on.
     """
     with stage("evaluate_checkpoint") as watch:
         from tasks import draft_reports, reports
         from torchspec_lib.data.chat import ChatTokenizer
         from torchspec_lib.evaluation.evaluate import evaluate_draft
-        from torchspec_lib.registry.gate import check_draft
-        from torchspec_lib.registry.registry import champion_to_evaluate
 
-        target = data.target
-        draft_dir, dataset_dir = Path(draft.draft.download()), Path(data.folder.download())
-        report = evaluate_draft(run, target, draft_dir, dataset_dir)
-        with tempfile.TemporaryDirectory(prefix="champion-") as folder:
-            champion = champion_to_evaluate(run, target, draft_dir, report, Path(folder))
-            champion_report = (
-                None if champion is None else evaluate_draft(run, target, champion, dataset_dir)
-            )
-        tokenizer = ChatTokenizer.load(target.path, run.model.trust_remote_code).tokenizer
-        page = draft_reports.evaluation_report(report, tokenizer)
+        draft_dir, dataset_dir = Path(draft.draft.download()), data.shared_folder(run)
+        report = evaluate_draft(run, data.target, draft_dir, dataset_dir)
+        remote = run.model.trust_remote_code
+        tokenizer = ChatTokenizer.load(data.target.path, remote).tokenizer
+        page = draft_reports.evaluation_report(report, None, tokenizer)
         reports.publish("evaluation", page, data.run_folder(run))
-        evaluation = Evaluation(
-            report=report, champion_report=champion_report, wall_s=watch.elapsed_s
-        )
-        return Evaluated(evaluation, check_draft(report, run.registry.min_accept_length).passed)
+        return Evaluation(report=report, wall_s=watch.elapsed_s)

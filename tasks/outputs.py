@@ -1,6 +1,9 @@
 """What the tasks hand each other: a record with its files, and how long it took to make."""
 
+import shutil
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 
 from flytekit.types.directory import FlyteDirectory
 from flytekit.types.file import FlyteFile
@@ -8,9 +11,17 @@ from flytekit.types.file import FlyteFile
 from torchspec_lib.config.run import RunConfig
 from torchspec_lib.config.settings import Settings
 from torchspec_lib.plan import ClusterPlan
-from torchspec_lib.results import DatasetManifest, EvalReport, TrainSummary
+from torchspec_lib.results import DatasetManifest, Estimate, EvalReport, TrainSummary
 from torchspec_lib.run_folder import RunFolder
 from torchspec_lib.target import TargetSpec
+
+
+class CheckedRun(Settings):
+    """What the results of stages are cached under: contents, where a path would say nothing."""
+
+    data_key: str
+    evaluation_key: str
+    """Of everything that an evaluation depends on beside the draft."""
 
 
 class PreparedData(Settings):
@@ -25,11 +36,23 @@ class PreparedData(Settings):
         """Where the run that trains on this data keeps its files."""
         return RunFolder.of(run, self.manifest, self.target)
 
+    def shared_folder(self, run: RunConfig) -> Path:
+        """Where every node finds the data: under ``data_root``, put there if it isn't."""
+        folder = run.data_path / "datasets" / self.manifest.dataset_id
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".copy-", dir=folder.parent) as staging:
+                copy = Path(staging) / folder.name
+                shutil.copytree(self.folder.download(), copy)
+                copy.rename(folder)
+        return folder
+
 
 class ProvisionedCluster(Settings):
     """A plan that was checked against what is there."""
 
     plan: ClusterPlan
+    estimate: Estimate
     wall_s: float
 
 
@@ -38,17 +61,26 @@ class TrainedDraft(Settings):
 
     summary: TrainSummary
     draft: FlyteDirectory
+    sha256: str
+    """Of the draft's files: what its evaluation is cached under."""
     metrics: FlyteFile
     """JSON lines, one step each."""
     wall_s: float
 
 
 class Evaluation(Settings):
-    """The draft's figures, and the champion's where they had to be measured anew."""
+    """The draft's figures."""
 
     report: EvalReport
-    champion_report: EvalReport | None
     wall_s: float
+
+
+class Verdict(Settings):
+    """Whether the draft is to be registered, and the champion it was compared with."""
+
+    reason: str
+    champion_report: EvalReport | None
+    """Under the same conditions; None without a champion, or where this draft is it."""
 
 
 def stage_times(

@@ -1,40 +1,60 @@
 """Tasks at the end: register a draft that passed the gate, or say why nothing was registered."""
 
-from pathlib import Path
-
 from flytekit import task
 
-from tasks.outputs import Evaluation, PreparedData, ProvisionedCluster, TrainedDraft, stage_times
-from tasks.resources import CPU_IMAGE, TINY
+from tasks.judge_draft import candidate_of
+from tasks.outputs import Evaluation, PreparedData, ProvisionedCluster, TrainedDraft, Verdict
+from tasks.resources import CPU_IMAGE, POD_TEMPLATE, RETRIES, SHORT, TINY
 from tasks.run_input import RunInput
 from tasks.stage import stage
 from torchspec_lib.results import RegisteredDraft
 
 
-@task(container_image=CPU_IMAGE, requests=TINY, enable_deck=True, deck_fields=())
+@task(
+    container_image=CPU_IMAGE,
+    requests=TINY,
+    pod_template_name=POD_TEMPLATE,
+    retries=RETRIES,
+    timeout=SHORT,
+    enable_deck=True,
+    deck_fields=(),
+)
 def register_artifact(
     run: RunInput,
     data: PreparedData,
     provisioned: ProvisionedCluster,
     draft: TrainedDraft,
     evaluation: Evaluation,
+    verdict: Verdict,
 ) -> RegisteredDraft:
-    """Register the draft with its lineage; it becomes the champion if it is the best so far."""
+    """Register the draft with its lineage; it becomes the champion if it is the best so far.
+
+    The same content registered again is the version that it was.
+    """
     with stage("register_artifact"):
-        return _conclude(run, data, provisioned, draft, evaluation)
+        return _conclude(run, data, provisioned, draft, evaluation, verdict)
 
 
-@task(container_image=CPU_IMAGE, requests=TINY, enable_deck=True, deck_fields=())
+@task(
+    container_image=CPU_IMAGE,
+    requests=TINY,
+    pod_template_name=POD_TEMPLATE,
+    retries=RETRIES,
+    timeout=SHORT,
+    enable_deck=True,
+    deck_fields=(),
+)
 def report_rejection(
     run: RunInput,
     data: PreparedData,
     provisioned: ProvisionedCluster,
     draft: TrainedDraft,
     evaluation: Evaluation,
+    verdict: Verdict,
 ) -> RegisteredDraft:
     """Register nothing, and say by how much the draft failed the gate."""
     with stage("report_rejection"):
-        return _conclude(run, data, provisioned, draft, evaluation)
+        return _conclude(run, data, provisioned, draft, evaluation, verdict)
 
 
 def _conclude(
@@ -43,25 +63,17 @@ def _conclude(
     provisioned: ProvisionedCluster,
     draft: TrainedDraft,
     evaluation: Evaluation,
+    verdict: Verdict,
 ) -> RegisteredDraft:
     """The registry checks the gate itself, so that no way around it leads into it."""
     from tasks import reports
-    from torchspec_lib.registry.candidate import Candidate
     from torchspec_lib.registry.registry import register_draft
 
-    candidate = Candidate(
-        draft_dir=Path(draft.draft.download()),
-        target=data.target,
-        manifest=data.manifest,
-        training=draft.summary,
-        report=evaluation.report,
-        step_metrics=Path(draft.metrics.download()),
-        stage_s=stage_times(data, provisioned, draft, evaluation),
-        champion_report=evaluation.champion_report,
-    )
+    candidate = candidate_of(data, provisioned, draft, evaluation, verdict.champion_report)
     outcome = register_draft(run, candidate)
     folder = data.run_folder(run)
     report = f"{'report':<15}{folder.reports / 'registration.html'}"
     outcome = outcome.model_copy(update={"summary": f"{outcome.summary}\n{report}"})
-    reports.publish("registration", reports.registration_report(outcome, candidate), folder)
+    page = reports.registration_report(outcome, candidate, run)
+    reports.publish("registration", page, folder)
     return outcome

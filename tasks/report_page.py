@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
 INK, MUTED, ACCENT, GOOD, WARM = "#1c2733", "#6b7a89", "#2b6cb0", "#2f8f5b", "#c2703d"
 
+MAX_COLUMN = 4
+"""More boxes than this stand in two columns."""
+
 STYLE = f"""<style>
 .ts {{ font: 15px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; color: {INK};
   background: #fff; max-width: 60rem; margin: 0 auto; padding: 1.5rem; }}
@@ -22,9 +25,9 @@ STYLE = f"""<style>
 .ts .lead, .ts figcaption, .ts .note {{ color: {MUTED}; }}
 .ts .lead {{ margin: .2rem 0 1.4rem; }}
 .ts .note, .ts figcaption {{ font-size: .87rem; margin: .4rem 0; }}
-.ts .tiles {{ display: flex; flex-wrap: wrap; gap: .7rem; }}
-.ts .tile {{ border: 1px solid #e2e8ee; border-radius: 6px; padding: .6rem 1rem;
-  min-width: 7.5rem; }}
+.ts .tiles {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(8.2rem, 1fr));
+  gap: .7rem; }}
+.ts .tile {{ border: 1px solid #e2e8ee; border-radius: 6px; padding: .6rem .9rem; }}
 .ts .tile b {{ display: block; font-size: 1.35rem; font-weight: 600;
   font-variant-numeric: tabular-nums; }}
 .ts .tile span {{ color: {MUTED}; font-size: .85rem; }}
@@ -36,19 +39,26 @@ STYLE = f"""<style>
 .ts table.facts td {{ text-align: left; }}
 .ts table.facts td:first-child {{ color: {MUTED}; white-space: nowrap; vertical-align: top; }}
 .ts figure {{ margin: 0; }}
-.ts figure img {{ max-width: 100%; height: auto; display: block; }}
+.ts figure img {{ width: 100%; height: auto; display: block; }}
 .ts .text {{ white-space: pre-wrap; overflow-wrap: anywhere;
   font: 13px/1.7 ui-monospace, Menlo, Consolas, monospace; background: #f7f9fb;
   border-radius: 6px; padding: .7rem .9rem; margin: .5rem 0; }}
-.ts .lines {{ white-space: pre; overflow-x: auto; }}
 .ts mark {{ background: #d5efdf; color: inherit; border-radius: 3px; padding: .05em 0; }}
 .ts .text q {{ quotes: none; color: {MUTED}; }}
 .ts .flow {{ display: flex; flex-wrap: wrap; align-items: center; gap: .9rem; }}
 .ts .box {{ border: 1px solid #cfd9e2; border-top: 3px solid {MUTED}; border-radius: 6px;
   padding: .5rem .9rem; }}
-.ts .box + .box {{ margin-top: .5rem; }}
+.ts .actors {{ display: grid; gap: .5rem; }}
+.ts .actors.wide {{ grid-template-columns: repeat(2, 1fr); }}
 .ts .box b {{ font-weight: 600; display: block; }}
 .ts .box small {{ color: {MUTED}; }}
+.ts .node {{ border: 1px dashed #b8c4cf; border-radius: 8px; padding: .4rem .8rem .8rem; }}
+.ts .node + .node {{ margin-top: .7rem; }}
+.ts .node > small {{ color: {MUTED}; display: block; margin-bottom: .3rem; }}
+.ts .decision {{ display: flex; gap: .8rem; align-items: baseline; border-radius: 6px;
+  padding: .7rem 1rem; margin-bottom: 1rem; background: #eef7f1; }}
+.ts .decision b {{ color: {GOOD}; font-size: 1.2rem; }}
+.ts .decision.bad {{ background: #fbf1ea; }} .ts .decision.bad b {{ color: {WARM}; }}
 .ts .engine {{ border-top-color: {WARM}; }} .ts .store {{ border-top-color: {ACCENT}; }}
 .ts .trainer {{ border-top-color: {GOOD}; }}
 .ts .arrow {{ color: {MUTED}; font-size: 1.3rem; }}
@@ -119,6 +129,20 @@ def box(kind: str, title: str, text: str) -> str:
     return f'<div class="box {kind}"><b>{escape(title)}</b><small>{escape(text)}</small></div>'
 
 
+def node_box(title: str, boxes: Iterable[str]) -> str:
+    """A machine with what runs on it."""
+    actors = list(boxes)
+    wide = " wide" if len(actors) > MAX_COLUMN else ""
+    inside = f'<div class="actors{wide}">{"".join(actors)}</div>'
+    return f'<div class="node"><small>{escape(title)}</small>{inside}</div>'
+
+
+def decision(is_good: bool, text: str) -> str:
+    """How something was decided, at a glance."""
+    kind, sign = ("good", "&#10003;") if is_good else ("bad", "!")
+    return f'<div class="decision {kind}"><b>{sign}</b><span>{escape(text)}</span></div>'
+
+
 def flow(*columns: Iterable[str]) -> str:
     """Boxes in columns, with arrows from one column to the next."""
     arrow = '<div class="arrow">&rarr;</div>'
@@ -128,7 +152,7 @@ def flow(*columns: Iterable[str]) -> str:
 
 def lines(text: str) -> str:
     """A text laid out in lines of its own."""
-    return f'<div class="text lines">{escape(text)}</div>'
+    return f'<div class="text">{escape(text)}</div>'
 
 
 def bars(values: Mapping[str, float], unit: str) -> str:

@@ -67,6 +67,14 @@ def stage(title: str) -> Iterator[Stopwatch]:
         click.secho(f"  done in {watch.elapsed_s:.1f} s", dim=True, err=True)
 
 
+def tell(text: str) -> None:
+    """Say something to whoever watches: on the terminal, or in a pod's log."""
+    if is_local():
+        click.echo(f"  {text}", err=True)
+    else:
+        logger.info("%s", text)
+
+
 @contextmanager
 def terminable() -> Iterator[None]:
     """Let SIGTERM, a pod's preemption say, unwind the stack instead of cutting it off."""

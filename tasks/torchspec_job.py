@@ -11,20 +11,21 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
-from flytekit import Resources
+from flytekit.configuration import SerializationSettings
 from flytekit.core.context_manager import ExecutionParameters
 from flytekit.exceptions.base import FlyteRecoverableException
 from flytekit.extend import TaskPlugins
 from flytekitplugins.ray import HeadNodeConfig, RayJobConfig, WorkerNodeConfig
 from flytekitplugins.ray.task import RayFunctionTask
 
-from tasks.resources import WorkerGroup
+from tasks.ray_pods import WorkerGroup, head_template, worker_template
 from tasks.stage import is_local, terminable
 from torchspec_lib.errors import RecoverableError
 
 INJECTED_INPUT = "cluster"
-LOG_RETENTION_S = 600
-"""How long a finished cluster stays, for its logs. Flyte takes a missing value for 0."""
+LOG_RETENTION_S = 60
+"""How long a finished cluster keeps its GPUs, for its logs to be collected. Flyte takes a missing
+value for 0."""
 
 BringUp = Callable[..., AbstractContextManager[Any]]
 
@@ -33,34 +34,38 @@ BringUp = Callable[..., AbstractContextManager[Any]]
 class TorchSpecJob(RayJobConfig):
     """Config of a task that trains on a cluster of engines and trainers.
 
-    Locally the group sizes have no effect: the task's inputs say what ``bring_up`` starts.
+    Locally the groups have no effect: the task's inputs say what ``bring_up`` starts.
     """
 
     worker_node_config: list[WorkerNodeConfig] = field(init=False, default_factory=list)
     _: KW_ONLY
     bring_up: BringUp
     """Called with the task's inputs; what it yields is the task's argument ``cluster``."""
-    head: Resources
-    training: WorkerGroup
-    inference: WorkerGroup
+    groups: tuple[WorkerGroup, ...]
+    queue: str | None = None
+    """Of Kueue, for all pods together."""
 
     def __post_init__(self) -> None:
-        self.head_node_config = HeadNodeConfig(
-            ray_start_params={"num-gpus": "0"}, requests=self.head
-        )
-        self.worker_node_config = [_worker_node(g) for g in (self.training, self.inference)]
         self.shutdown_after_job_finishes = True
         self.ttl_seconds_after_finished = LOG_RETENTION_S
 
+    def describe_pods(self) -> None:
+        """Fill in the pods for Flyte. Only then, since Kubernetes' client takes 2 s to import."""
+        self.head_node_config = HeadNodeConfig(
+            ray_start_params={"num-gpus": "0"}, pod_template=head_template(self.queue)
+        )
+        self.worker_node_config = [_worker_node(group, self.queue) for group in self.groups]
 
-def _worker_node(group: WorkerGroup) -> WorkerNodeConfig:
+
+def _worker_node(group: WorkerGroup, queue: str | None) -> WorkerNodeConfig:
     """A group of fixed size: placement groups need all of their nodes, or none."""
     return WorkerNodeConfig(
         group_name=group.name,
-        replicas=group.num_nodes,
-        min_replicas=group.num_nodes,
-        max_replicas=group.num_nodes,
-        requests=Resources(cpu=group.cpu, mem=group.mem, gpu=str(group.gpus_per_node)),
+        replicas=group.num_pods,
+        min_replicas=group.num_pods,
+        max_replicas=group.num_pods,
+        ray_start_params={"num-gpus": str(group.num_gpus), "num-cpus": str(group.num_cpus)},
+        pod_template=worker_template(group, queue),
     )
 
 
@@ -82,6 +87,10 @@ class TorchSpecTask(RayFunctionTask):
     def pre_execute(self, user_params: ExecutionParameters) -> ExecutionParameters:
         """Join KubeRay's cluster, which is up by now. Locally ``bring_up`` sees to Ray."""
         return user_params if is_local() else super().pre_execute(user_params)
+
+    def get_custom(self, settings: SerializationSettings) -> dict[str, Any] | None:
+        self._task_config.describe_pods()
+        return super().get_custom(settings)
 
     def execute(self, **kwargs: Any) -> Any:
         with ExitStack() as stack:

@@ -10,11 +10,16 @@ from flytekit import task
 from flytekit.types.directory import FlyteDirectory
 from flytekit.types.file import FlyteFile
 
+from tasks import resources
 from tasks.outputs import PreparedData, ProvisionedCluster, TrainedDraft
-from tasks.resources import GPU_IMAGE, INFERENCE, RAY_HEAD, TINY, TRAINING
+from tasks.ray_pods import WorkerGroup, worker_groups
 from tasks.run_input import RunInput
 from tasks.stage import Stopwatch, stage
 from tasks.torchspec_job import TorchSpecJob
+from torchspec_lib.plan import ClusterPlan
+from torchspec_lib.registry.candidate import content_hash
+from torchspec_lib.results import TrainSummary
+from torchspec_lib.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from torchspec_lib.joint_cluster import JointCluster
@@ -36,20 +41,32 @@ def bring_up(
     with stage("train_draft") as watch:
         from torchspec_lib.joint_cluster import joint_cluster
 
-        folder = Path(data.folder.download())
+        folder = data.shared_folder(run)
         with joint_cluster(run, provisioned.plan, folder, data.manifest) as joint:
             yield TrainingCluster(joint, watch)
 
 
-JOB = TorchSpecJob(bring_up=bring_up, head=RAY_HEAD, training=TRAINING, inference=INFERENCE)
+def job_for(run: RunInput, plan: ClusterPlan) -> TorchSpecJob:
+    """The Ray cluster that a plan needs."""
+    groups = worker_groups(run, plan)
+    return TorchSpecJob(bring_up=bring_up, groups=groups, queue=run.cluster.queue)
+
+
+def _default_job() -> TorchSpecJob:
+    """What is registered; ``launch_training`` puts the plan's in its place."""
+    roles = (("training", resources.TRAINING), ("inference", resources.INFERENCE))
+    groups = [WorkerGroup(name, 1, 1, 8, 64, 16, machine) for name, machine in roles]
+    return TorchSpecJob(bring_up=bring_up, groups=tuple(groups))
 
 
 @task(
-    task_config=JOB,
-    container_image=GPU_IMAGE,
-    requests=TINY,  # of the pod that submits the job; each Ray node has its own
-    shared_memory=True,
-    retries=3,
+    task_config=_default_job(),
+    container_image=resources.GPU_IMAGE,
+    requests=resources.TINY,  # of the pod that submits the job; each Ray node has its own
+    pod_template_name=resources.POD_TEMPLATE,
+    retries=resources.TRAINING_RETRIES,
+    timeout=resources.TRAINING_TIMEOUT,
+    interruptible=True,  # it goes on from its last checkpoint
     enable_deck=True,
     deck_fields=(),
 )
@@ -70,9 +87,15 @@ def train_draft(
     folder = data.run_folder(run)
     page = draft_reports.training_report(summary, folder.read_metrics())
     reports.publish("training", page, folder)
+    return trained_draft(summary, folder, cluster.watch.elapsed_s)
+
+
+def trained_draft(summary: TrainSummary, folder: RunFolder, wall_s: float) -> TrainedDraft:
+    """A finished run's output."""
     return TrainedDraft(
         summary=summary,
-        draft=FlyteDirectory(summary.draft_dir),
+        draft=FlyteDirectory(str(folder.draft)),
+        sha256=content_hash(Path(folder.draft)),
         metrics=FlyteFile(str(folder.metrics)),
-        wall_s=cluster.watch.elapsed_s,
+        wall_s=wall_s,
     )

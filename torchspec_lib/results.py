@@ -56,6 +56,27 @@ class TrainSummary(Settings):
     """Time that capturing stood still for bytes in flight, since the trainers were started last."""
 
 
+class Estimate(Settings):
+    """What a training will take, before it starts."""
+
+    train_s: float
+    gpu_hours: float
+    basis: str
+    """Where the figures come from, in a few words."""
+
+
+class Cost(Settings):
+    """What a draft has cost, with all the stages of its pipeline."""
+
+    gpu_hours: float
+    """Of the GPUs held, used or not: all of them while training, one while evaluating."""
+    num_gpus: int
+    num_workers: int
+    """Trainer ranks and engines; without GPUs each has a core."""
+    num_tokens: int
+    wall_s: float
+
+
 class PromptResult(Settings):
     """One held-out prompt, decoded plainly and speculatively."""
 

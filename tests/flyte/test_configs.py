@@ -9,6 +9,7 @@ import yaml
 from flytekit.configuration import Config, ImageConfig
 
 from tasks import run_input
+from tasks.resources import POD_TEMPLATE
 from tasks.run_input import RunInput
 from torchspec_lib.config.settings import PROJECT_ROOT, find_path
 
@@ -65,3 +66,31 @@ def test_the_readmes_commands_are_targets_of_the_makefile() -> None:
     commands = set(re.findall(r"^make (\w+)", readme, re.MULTILINE))
     assert commands == {"demo", "test"}
     assert commands <= set(re.findall(r"^(\w+):", makefile, re.MULTILINE))
+
+
+def test_the_cluster_s_pod_template_is_the_one_that_the_tasks_name() -> None:
+    objects = list(yaml.safe_load_all((PROJECT_ROOT / "deploy/torchspec.yaml").read_text()))
+    claim, template = objects
+    assert [o["kind"] for o in objects] == ["PersistentVolumeClaim", "PodTemplate"]
+    assert template["metadata"]["name"] == POD_TEMPLATE
+    (container,) = template["template"]["spec"]["containers"]
+    (mount,) = container["volumeMounts"]
+    (volume,) = template["template"]["spec"]["volumes"]
+    assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    assert mount["name"] == volume["name"]
+    for name in ("single_node", "three_nodes", "nightly"):
+        assert load(PROJECT_ROOT / f"configs/{name}.yaml").data_root == mount["mountPath"]
+
+
+def test_the_commands_of_the_flyte_page_are_targets_of_the_makefile() -> None:
+    page, makefile = ((PROJECT_ROOT / name).read_text() for name in ("docs/flyte.md", "Makefile"))
+    commands = set(re.findall(r"^make ([\w-]+)", page, re.MULTILINE))
+    assert {"package", "register", "run-remote", "images"} <= commands
+    assert commands <= set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
+
+
+def test_the_images_copy_what_is_there() -> None:
+    dockerfile = (PROJECT_ROOT / "Dockerfile").read_text()
+    for line in re.findall(r"^COPY (.+)$", dockerfile, re.MULTILINE):
+        *sources, _ = line.split()
+        assert all((PROJECT_ROOT / source).exists() for source in sources)

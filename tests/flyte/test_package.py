@@ -1,118 +1,137 @@
-"""What a Flyte cluster gets: serialized offline, and a Ray cluster as KubeRay understands it."""
-
-import subprocess
-import sys
-import tarfile
-from pathlib import Path
+"""What a Flyte cluster gets of tasks and workflows: complete, and as is promised."""
 
 import pytest
-from flyteidl.admin import launch_plan_pb2, task_pb2, workflow_pb2
 from flyteidl.core import tasks_pb2
-from flyteidl.plugins import ray_pb2
-from google.protobuf.json_format import MessageToDict, ParseDict
-from google.protobuf.message import Message
 
-from torchspec_lib.config.settings import PROJECT_ROOT
+from tests.flyte.serialized import Package
 
-MESSAGES: dict[str, type[Message]] = {
-    "1": task_pb2.TaskSpec,
-    "2": workflow_pb2.WorkflowSpec,
-    "3": launch_plan_pb2.LaunchPlan,
+CACHED = {
+    "prepare_data.prepare_data": ["run"],
+    "provision_cluster.provision_cluster": [],
+    "evaluate_checkpoint.evaluate_checkpoint": ["run", "data", "draft"],
+}
+"""Tasks that Flyte caches, and the inputs that its key leaves out."""
+ALL_TASKS = [
+    "check_run.check_run",
+    "choose_prompts.choose_prompts",
+    "choose_prompts.report_quiet_night",
+    "evaluate_checkpoint.evaluate_checkpoint",
+    "judge_draft.judge_draft",
+    "launch_training.find_draft",
+    "launch_training.launch_training",
+    "prepare_data.prepare_data",
+    "provision_cluster.provision_cluster",
+    "register_artifact.register_artifact",
+    "register_artifact.report_rejection",
+    "report_failure.report_failure",
+    "train_draft.train_draft",
+]
+ON_A_GPU_IMAGE = {
+    "evaluate_checkpoint.evaluate_checkpoint",
+    "judge_draft.judge_draft",
+    "train_draft.train_draft",
 }
 
 
-@pytest.fixture(scope="module")
-def package(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Message]:
-    """Every file of the package, parsed, by ``<entity>_<kind>``."""
-    path = tmp_path_factory.mktemp("package") / "package.tgz"
-    images = ["--image", "default=torchspec-flyte:cpu", "--image", "gpu=torchspec-flyte:gpu"]
-    pyflyte = Path(sys.executable).with_name("pyflyte")
-    subprocess.run(
-        [pyflyte, "--pkgs", "workflows", "package", *images, "--output", str(path)],
-        cwd=PROJECT_ROOT,
-        capture_output=True,
-        check=True,
-        timeout=120,
-    )
-    parsed = {}
-    with tarfile.open(path) as archive:
-        for member in archive.getmembers():
-            file = archive.extractfile(member)
-            assert file is not None
-            entity = Path(member.name).stem.split("_", 1)[1]
-            parsed[entity] = MESSAGES[entity[-1]].FromString(file.read())
-    return parsed
+def steps(package: Package, workflow: str) -> list[str]:
+    nodes = package.workflow(workflow).template.nodes
+    names = [node.task_node.reference_id.name for node in nodes]
+    return [name.rpartition(".")[2] for name in names if name]
 
 
-@pytest.fixture(scope="module")
-def training_task(package: dict[str, Message]) -> tasks_pb2.TaskTemplate:
-    task = package["tasks.train_draft.train_draft_1"]
-    assert isinstance(task, task_pb2.TaskSpec)
-    return task.template
+def branches(package: Package, workflow: str) -> list[str]:
+    nodes = package.workflow(workflow).template.nodes
+    (gate,) = [node.branch_node.if_else for node in nodes if node.HasField("branch_node")]
+    ids = [
+        node.task_node.reference_id
+        if node.HasField("task_node")
+        else node.workflow_node.sub_workflow_ref
+        for node in (gate.case.then_node, gate.else_node)
+    ]
+    return [id.name.rpartition(".")[2] for id in ids]
 
 
-@pytest.fixture(scope="module")
-def ray_job(training_task: tasks_pb2.TaskTemplate) -> ray_pb2.RayJob:
-    """The task's Ray job; an unknown field would raise here."""
-    return ParseDict(MessageToDict(training_task.custom), ray_pb2.RayJob())
+def kinds(task: tasks_pb2.TaskTemplate) -> set[int]:
+    wanted = task.container.resources
+    return {entry.name for entry in (*wanted.requests, *wanted.limits)}
 
 
-def gpus(group: ray_pb2.HeadGroupSpec | ray_pb2.WorkerGroupSpec) -> int:
-    (container,) = MessageToDict(group.k8s_pod.pod_spec)["containers"]
-    return int(container["resources"]["limits"].get("nvidia.com/gpu", 0))
+def test_the_package_holds_every_task_and_no_other(package: Package) -> None:
+    # The training task itself is there twice over: registered, and within the dynamic step.
+    assert package.names("1") == [f"tasks.{name}" for name in ALL_TASKS]
 
 
-def test_the_package_holds_the_pipeline(package: dict[str, Message]) -> None:
-    workflow = package["workflows.train_draft.train_draft_2"]
-    assert isinstance(workflow, workflow_pb2.WorkflowSpec)
-    names = [node.task_node.reference_id.name for node in workflow.template.nodes]
-    assert [name.rpartition(".")[2] for name in names if name] == [
+def test_the_pipeline_is_the_sentence_that_it_reads_as(package: Package) -> None:
+    assert steps(package, "train_draft.train_draft") == [
+        "check_run",
         "prepare_data",
         "provision_cluster",
-        "train_draft",
+        "launch_training",
         "evaluate_checkpoint",
+        "judge_draft",
     ]
-    (gate,) = [n.branch_node.if_else for n in workflow.template.nodes if n.HasField("branch_node")]
-    branches = [gate.case.then_node, gate.else_node]
-    assert [node.task_node.reference_id.name.rpartition(".")[2] for node in branches] == [
-        "register_artifact",
-        "report_rejection",
-    ]
+    assert branches(package, "train_draft.train_draft") == ["register_artifact", "report_rejection"]
 
 
-def test_the_training_task_is_a_plain_ray_task(training_task: tasks_pb2.TaskTemplate) -> None:
-    assert training_task.type == "ray"
-    assert training_task.container.image == "torchspec-flyte:gpu"
-    assert set(training_task.interface.inputs.variables) == {"run", "data", "provisioned"}
-    assert training_task.metadata.retries.retries > 0
+def test_a_night_chooses_prompts_and_then_is_the_pipeline(package: Package) -> None:
+    assert steps(package, "train_nightly.train_nightly") == ["choose_prompts"]
+    assert branches(package, "train_nightly.train_nightly") == ["train_draft", "report_quiet_night"]
 
 
-def test_the_head_has_no_gpu_and_each_role_its_group(ray_job: ray_pb2.RayJob) -> None:
-    head, groups = ray_job.ray_cluster.head_group_spec, ray_job.ray_cluster.worker_group_spec
-    assert head.ray_start_params["num-gpus"] == "0"
-    assert gpus(head) == 0
-    assert [group.group_name for group in groups] == ["training", "inference"]
-    assert all(gpus(group) > 0 for group in groups)
-    assert all(g.replicas == g.min_replicas == g.max_replicas > 0 for g in groups)
-    assert not ray_job.ray_cluster.enable_autoscaling
+def test_a_failure_is_reported(package: Package) -> None:
+    handler = package.workflow("train_draft.train_draft").template.failure_node
+    assert handler.task_node.reference_id.name == "tasks.report_failure.report_failure"
 
 
-def test_the_ray_cluster_goes_with_the_job_and_its_logs_stay_a_while(
-    ray_job: ray_pb2.RayJob,
+@pytest.mark.parametrize("name", ALL_TASKS)
+def test_exactly_the_repeatable_stages_are_cached_under_stated_versions(
+    package: Package, name: str
 ) -> None:
-    assert ray_job.shutdown_after_job_finishes
-    assert ray_job.ttl_seconds_after_finished > 0
+    metadata = package.task(name).metadata
+    assert metadata.discoverable == (name in CACHED)
+    if name in CACHED:
+        assert metadata.discovery_version == "1"
+        assert list(metadata.cache_ignore_input_vars) == CACHED[name]
+        assert metadata.cache_serializable
 
 
-def test_the_pod_that_submits_the_job_asks_for_no_gpu(
-    training_task: tasks_pb2.TaskTemplate,
+@pytest.mark.parametrize("name", ALL_TASKS)
+def test_every_task_has_a_timeout_its_image_and_the_shared_volume(
+    package: Package, name: str
 ) -> None:
-    kinds = {entry.name for entry in training_task.container.resources.requests}
-    kinds |= {entry.name for entry in training_task.container.resources.limits}
-    assert tasks_pb2.Resources.GPU not in kinds
-    assert not training_task.extended_resources.HasField("gpu_accelerator")
+    task = package.task(name)
+    assert task.metadata.timeout.seconds >= 3600
+    assert task.metadata.pod_template_name == "torchspec"
+    image = "torchspec-flyte:gpu" if name in ON_A_GPU_IMAGE else "torchspec-flyte:cpu"
+    assert task.container.image == image
 
 
-def test_all_pods_agree_on_ray_s_authentication(training_task: tasks_pb2.TaskTemplate) -> None:
-    environment = {pair.key: pair.value for pair in training_task.container.env}
-    assert environment["RAY_AUTH_MODE"] == "disabled"
+@pytest.mark.parametrize("name", ALL_TASKS)
+def test_every_task_of_the_pipeline_is_tried_again(package: Package, name: str) -> None:
+    """But for the step that lasts as long as the training, which is tried again by itself."""
+    once = {"report_failure.report_failure", "launch_training.launch_training"}
+    assert (package.task(name).metadata.retries.retries >= 2) == (name not in once)
+
+
+def test_the_dynamic_step_may_last_as_long_as_the_training_in_it(package: Package) -> None:
+    step, training = (
+        package.task(name).metadata.timeout.seconds
+        for name in ("launch_training.launch_training", "train_draft.train_draft")
+    )
+    assert step >= training
+
+
+@pytest.mark.parametrize("name", ALL_TASKS)
+def test_only_what_loses_nothing_runs_where_it_may_be_interrupted(
+    package: Package, name: str
+) -> None:
+    goes_on = name in {"train_draft.train_draft", "evaluate_checkpoint.evaluate_checkpoint"}
+    assert package.task(name).metadata.interruptible == goes_on
+
+
+@pytest.mark.parametrize("name", ALL_TASKS)
+def test_a_gpu_is_asked_for_where_a_model_runs_in_the_task_s_own_pod(
+    package: Package, name: str
+) -> None:
+    on_gpu = name in {"evaluate_checkpoint.evaluate_checkpoint", "judge_draft.judge_draft"}
+    assert (tasks_pb2.Resources.GPU in kinds(package.task(name))) == on_gpu

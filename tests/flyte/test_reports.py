@@ -10,6 +10,7 @@ import pytest
 from flytekit import FlyteContextManager
 
 from tasks import draft_reports, reports
+from tests.flyte.records import ESTIMATE, SUMMARY
 from torchspec_lib.config.models import DataConfig, ModelConfig
 from torchspec_lib.config.run import RunConfig
 from torchspec_lib.data.chat import ChatTokenizer
@@ -17,35 +18,17 @@ from torchspec_lib.data.dataset import prepare_dataset
 from torchspec_lib.plan import ClusterPlan, make_plan
 from torchspec_lib.registry.candidate import Candidate
 from torchspec_lib.results import (
+    Cost,
     DatasetManifest,
     EvalReport,
     PromptResult,
     RegisteredDraft,
-    TrainSummary,
 )
 from torchspec_lib.run_folder import RunFolder
 from torchspec_lib.target import TargetSpec, read_target
 from torchspec_lib.types import Recovery, StepMetrics
 
 VOID_TAGS = {"img", "meta", "br"}
-SUMMARY = TrainSummary(
-    run_id="c0ffee",
-    draft_dir="draft",
-    num_steps=60,
-    num_prompts=300,
-    num_epochs=1,
-    num_trained=299,
-    num_rejected=1,
-    rejected={"too long": 1},
-    num_tokens=24_000,
-    loss=1.25,
-    accept_length=2.5,
-    bytes_streamed=50 << 20,
-    resumed_from_step=0,
-    wall_s=12.0,
-    trainer_wait_s=1.5,
-    capture_wait_s=0.5,
-)
 
 
 class PageCheck(HTMLParser):
@@ -181,7 +164,7 @@ def test_the_data_report_marks_what_is_supervised(
 
 
 def test_the_plan_report_draws_every_actor(plan: ClusterPlan) -> None:
-    html = reports.plan_report(plan)
+    html = reports.plan_report(plan, ESTIMATE)
     PageCheck(html)
     for actor in ("engine 0", "Mooncake store", "trainer rank 0", "trainer rank 1"):
         assert html.count(actor) == 1
@@ -190,8 +173,31 @@ def test_the_plan_report_draws_every_actor(plan: ClusterPlan) -> None:
 
 def test_the_plan_report_shows_engines_beside_trainers_in_colocation(plan: ClusterPlan) -> None:
     shared = plan.model_copy(update={"placement": "colocate", "inference_bundles": ()})
-    html = reports.plan_report(shared)
+    html = reports.plan_report(shared, ESTIMATE)
     assert html.count("beside a trainer rank") == shared.num_engines
+
+
+def test_the_plan_report_says_what_it_will_take(plan: ClusterPlan) -> None:
+    html = reports.plan_report(plan, ESTIMATE)
+    assert "2.5 h" in html
+    assert "run c0ffee took 5 tokens a second" in html
+
+
+@pytest.mark.parametrize(
+    ("trainers_s", "engines_s", "expected"),
+    [
+        (4.92, 0.5, "Engines are the bottleneck: trainers waited 41% of the time"),
+        (0.5, 3.0, "Trainers are the bottleneck: capturing stood still 25% of the time"),
+        (1.0, 1.0, "Well balanced"),
+    ],
+)
+def test_the_training_report_says_who_waited_for_whom(
+    trainers_s: float, engines_s: float, expected: str
+) -> None:
+    waits = {"trainer_wait_s": trainers_s, "capture_wait_s": engines_s}
+    html = draft_reports.training_report(SUMMARY.model_copy(update=waits), steps(7))
+    PageCheck(html)
+    assert expected in html
 
 
 @pytest.mark.parametrize("num_steps", [1, 7, 300])
@@ -224,15 +230,28 @@ def test_the_evaluation_report_marks_the_tokens_that_the_draft_got_right(tokeniz
     first, *others = [tokenizer.decode([i]) for i in ids]
     accepted = len(others) - 1  # all but the first and the last, which are the target's own
     html = draft_reports.evaluation_report(
-        evaluated((answer(text, (accepted,), len(ids)),)), tokenizer
+        evaluated((answer(text, (accepted,), len(ids)),)), None, tokenizer
     )
     assert PageCheck(html).marked == others[:-1]
     assert first not in PageCheck(html).marked
 
 
+def test_the_evaluation_report_shows_the_champion_beside_the_draft(tokenizer) -> None:
+    draft = evaluated((answer("It is red.", (2, 1), 6),))
+    champion = draft.model_copy(update={"accept_length": 2.25, "accept_rates": (0.5, 0.25)})
+    html = draft_reports.evaluation_report(draft, champion, tokenizer)
+    PageCheck(html)
+    assert "2.25" in html
+    (acceptance,) = plots(html)
+    assert "the champion" in acceptance
+    assert "25%" in acceptance
+    (alone,) = plots(draft_reports.evaluation_report(draft, None, tokenizer))
+    assert "the champion" not in alone
+
+
 def test_an_answer_whose_tokens_are_uncertain_is_left_unmarked(tokenizer) -> None:
     html = draft_reports.evaluation_report(
-        evaluated((answer("It is red.", (2, 2, 2), 40),)), tokenizer
+        evaluated((answer("It is red.", (2, 2, 2), 40),)), None, tokenizer
     )
     assert PageCheck(html).marked == []
     assert "It is red." in html
@@ -258,12 +277,14 @@ def test_the_registration_report_escapes_what_it_quotes(target: TargetSpec, data
         report=report,
         step_metrics=Path("metrics.jsonl"),
         stage_s={"prepare": 1.0, "train": 30.0},
+        cost=Cost(gpu_hours=1.25, num_gpus=8, num_workers=8, num_tokens=24_000, wall_s=31.0),
     )
-    html = reports.registration_report(outcome, candidate)
+    html = reports.registration_report(outcome, candidate, run_in(Path("data")))
     PageCheck(html)
     assert "0.8 below &lt;2.0&gt;" in html
     assert "<script>" not in html
     assert "30.0 s" in html
+    assert "1.25 on 8 GPU(s)" in html
 
 
 def test_a_report_is_a_deck_and_a_file_with_links_to_its_siblings(tmp_path: Path) -> None:

@@ -7,15 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import pytest
-from flytekit import Resources, task
+from flytekit import task
 from flytekit.exceptions.base import FlyteRecoverableException
 
-from tasks.resources import WorkerGroup
 from tasks.torchspec_job import TorchSpecJob
 from torchspec_lib.errors import EngineError, WorkerLostError
-
-SMALL = Resources(cpu="1")
-GROUP = WorkerGroup("group", num_nodes=1, gpus_per_node=1, cpu="1", mem="1Gi")
 
 
 @dataclass
@@ -45,7 +41,7 @@ UP_AND_DOWN = ["store up", "engines up", "engines down", "store down"]
 
 
 def train_with(cluster: Cluster, work: Callable[[str], str]) -> str:
-    job = TorchSpecJob(bring_up=cluster.up, head=SMALL, training=GROUP, inference=GROUP)
+    job = TorchSpecJob(bring_up=cluster.up, groups=())
 
     @task(task_config=job)
     def train(number: int, cluster: str) -> str:

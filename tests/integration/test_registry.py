@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from datetime import UTC, datetime
 
 import pytest
 
@@ -13,13 +14,17 @@ from torchspec_lib.config.outcome import RegistryConfig
 from torchspec_lib.config.run import RunConfig
 from torchspec_lib.config.settings import PROJECT_ROOT
 from torchspec_lib.errors import ConfigError
+from torchspec_lib.registry.candidate import config_hash
 from torchspec_lib.registry.registry import (
     champion,
+    champion_evaluation,
+    champion_files,
     champion_to_evaluate,
     register_draft,
     tracking_uri,
 )
 
+ONLY_BETTER = {"only_better": True}
 NUM_STEPS = 130  # times ten figures: more than MLflow takes at once
 
 
@@ -146,7 +151,7 @@ def test_the_same_content_registered_again_is_one_version_with_the_newest_figure
     second = register_draft(run, trained(tmp_path / "b", b"weights", report=longer))
     assert (second.version, second.is_new, second.is_champion) == (first.version, False, True)
     assert "champion already" in second.decision
-    assert "registered before" in second.summary
+    assert "already registered" in second.summary
     assert len(versions(run)) == 1
     assert champion(run, trained(tmp_path / "a", b"weights").target).accept_length == 3.6
 
@@ -208,6 +213,48 @@ def test_a_champion_measured_alike_or_the_draft_itself_needs_no_evaluation(run, 
     assert champion_to_evaluate(run, new.target, new.draft_dir, new.report, tmp_path) is None
     otherwise = make_report(draft_steps=3)
     assert champion_to_evaluate(run, old.target, old.draft_dir, otherwise, tmp_path) is None
+
+
+def test_a_champion_measured_alike_brings_its_evaluation_along(run, tmp_path):
+    old = trained(tmp_path / "old", b"old")
+    register_draft(run, old)
+    new = trained(tmp_path / "new", b"new")
+    assert champion_evaluation(run, new.target, new.draft_dir, new.report) == old.report
+    assert champion_evaluation(run, old.target, old.draft_dir, old.report) is None
+    otherwise = make_report(draft_steps=3)
+    assert champion_evaluation(run, new.target, new.draft_dir, otherwise) is None
+
+
+def test_with_only_better_a_draft_that_does_not_beat_the_champion_is_not_registered(run, tmp_path):
+    strict = run.model_copy(update={"registry": run.registry.model_copy(update=ONLY_BETTER)})
+    first = trained(tmp_path / "1", b"1")
+    assert register_draft(strict, first).registered
+    worse = trained(tmp_path / "2", b"2", report=make_report(accept_length=3.4))
+    outcome = register_draft(strict, worse)
+    assert not outcome.registered
+    assert "doesn't beat the champion's 3.500" in outcome.decision
+    assert len(versions(run)) == 1
+    better = trained(tmp_path / "3", b"3", report=make_report(accept_length=3.6))
+    assert register_draft(strict, better).is_champion
+    assert register_draft(strict, better).registered  # a relaunch finds itself
+
+
+def test_a_version_says_what_the_draft_has_cost_and_where_its_prompts_end(run, tmp_path):
+    night = {"prompts_until": datetime(2026, 11, 23, 2, tzinfo=UTC)}
+    run = run.model_copy(update={"registry": run.registry.model_copy(update=night)})
+    candidate = trained(tmp_path, b"weights")
+    register_draft(run, candidate)
+    [version] = versions(run)
+    assert float(version.tags["gpu_hours"]) == candidate.cost.gpu_hours
+    assert version.tags["tokens"] == "120000"
+    assert version.tags["config_sha256"] == config_hash(run)
+    best = champion(run, candidate.target)
+    assert best is not None
+    assert best.prompts_until == night["prompts_until"]
+    files = champion_files(run, best)
+    assert (files / "model.safetensors").read_bytes() == b"weights"
+    assert champion_files(run, best) == files
+    assert not list(files.parent.glob(".*"))
 
 
 def test_a_champion_of_another_target_is_an_error_that_says_what_to_change(run, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -421,3 +422,20 @@ def test_the_shipped_example_supervises_the_answers_and_nothing_else(tmp_path):
         spans = decoded_spans(tokenizer, prompt)
         assert [text for text, is_supervised in spans if is_supervised] == answers
     assert manifest.vocab_coverage > 0.95
+
+
+def test_a_draft_that_is_continued_keeps_its_vocabulary(root, target):
+    """Its weights fit no other; the night's own most frequent tokens don't count."""
+    first = make_run(root, target, draft__vocab_size=20)
+    vocab = load_draft_vocab(prepare(first)[1])
+    assert vocab is not None
+    inherited = np.arange(len(vocab)) + 7
+    champion = root / "champion"
+    champion.mkdir()
+    offsets = inherited - np.arange(len(inherited))
+    save_file({"d2t": offsets.astype(np.int64)}, champion / "model.safetensors")
+    training = first.training.model_copy(update={"continual_from": str(champion)})
+    manifest, folder = prepare(first.model_copy(update={"training": training}))
+    assert manifest.dataset_id != prepare(first)[0].dataset_id
+    assert load_draft_vocab(folder).tolist() == inherited.tolist()
+    assert manifest.vocab_coverage < 1

@@ -5,7 +5,7 @@ import pytest
 from torchspec_lib.registry.candidate import Candidate, code_version, content_hash
 from torchspec_lib.registry.gate import check_champion, check_draft, conditions
 from torchspec_lib.registry.model_card import model_card, run_summary
-from torchspec_lib.results import DatasetManifest, EvalReport, RegisteredDraft, TrainSummary
+from torchspec_lib.results import Cost, DatasetManifest, EvalReport, RegisteredDraft, TrainSummary
 from torchspec_lib.target import TargetSpec
 
 
@@ -87,6 +87,7 @@ def make_candidate(tmp_path, **changes):
         "report": make_report(),
         "step_metrics": tmp_path / "metrics.jsonl",
         "stage_s": {"prepare": 4.0, "train": 70.4, "evaluate": 20.0},
+        "cost": Cost(gpu_hours=0.16, num_gpus=8, num_workers=8, num_tokens=120_000, wall_s=94.4),
     }
     return Candidate(**fields | changes)
 
@@ -192,7 +193,7 @@ def test_a_server_is_named_by_its_address(tmp_path):
 
 
 def test_the_model_card_says_how_to_serve_the_draft(tmp_path):
-    card = model_card(make_candidate(tmp_path), "eagle3-draft", "abc123")
+    card = model_card(make_candidate(tmp_path), "eagle3-draft", "abc123", "f00d")
     assert "--speculative-algorithm EAGLE3" in card
     assert "--speculative-num-steps 5" in card
     assert "--speculative-num-draft-tokens 6" in card

@@ -136,3 +136,5 @@ class ClusterConfig(Settings):
     GPU holds a trainer and an engine. ``debug_*``: one side alone, for measuring it."""
     gpu_wait_s: PositiveFloat = 300.0
     """How long to wait for GPUs that the cluster doesn't show yet."""
+    queue: str | None = None
+    """A Kueue queue that admits all pods of a training on Kubernetes together, or none."""

@@ -1,8 +1,9 @@
 """Evaluation of a draft, the gate and the registry."""
 
+from datetime import datetime
 from typing import Annotated
 
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator
 
 from torchspec_lib.config.settings import Settings
 
@@ -27,3 +28,14 @@ class RegistryConfig(Settings):
     """An MLflow tracking URI. An SQLite file under ``data_root`` if left out."""
     min_accept_length: Annotated[float, Field(ge=1.0)] = 1.0
     """A draft below this is not registered."""
+    only_better: bool = False
+    """Register a draft only if it beats the champion; otherwise every one that passes."""
+    prompts_until: datetime | None = None
+    """Noted with a version, for the next night to go on from. The nightly workflow sets it."""
+
+    @field_validator("prompts_until")
+    @classmethod
+    def _is_a_moment(cls, value: datetime | None) -> datetime | None:
+        if value is not None and value.tzinfo is None:
+            raise ValueError(f"prompts_until ({value}) must have a time zone, such as +00:00")
+        return value

@@ -28,7 +28,7 @@ from torchspec_lib.data.chat import ChatTokenizer
 from torchspec_lib.data.conversations import Conversation, Source
 from torchspec_lib.data.selection import HeldoutPrompt, Selection
 from torchspec_lib.data.sources import Sources
-from torchspec_lib.data.vocab import choose_draft_vocab
+from torchspec_lib.data.vocab import choose_draft_vocab, inherited_vocab
 from torchspec_lib.errors import ConfigError, DataError
 from torchspec_lib.results import DatasetManifest
 from torchspec_lib.target import TargetSpec
@@ -241,7 +241,7 @@ def _write(
         longest=selection.longest,
         rejected=dict(sorted(selection.rejected.items())),
         draft_vocab_size=run.draft.vocab_size or target.vocab_size,
-        vocab_coverage=_write_vocab(folder / VOCAB, run.draft.vocab_size, selection, target),
+        vocab_coverage=_write_vocab(folder / VOCAB, run, selection, target),
     )
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
 
@@ -275,13 +275,15 @@ def _heldout_row(prompt: HeldoutPrompt) -> dict[str, Any]:
     return {name: getattr(prompt, name) for name in HELDOUT_SCHEMA.names}
 
 
-def _write_vocab(path: Path, size: int | None, selection: Selection, target: TargetSpec) -> float:
+def _write_vocab(path: Path, run: RunConfig, selection: Selection, target: TargetSpec) -> float:
     """Write the draft vocabulary if it is pruned; returns the share of tokens it covers."""
-    counts = selection.token_counts
+    counts, size = selection.token_counts, run.draft.vocab_size
     if size is None or size == len(counts):
         return 1.0
-    always_in = selection.end_of_turn_ids() | set(target.eos_token_ids)
-    draft_vocab = choose_draft_vocab(counts, size, always_in)
+    draft_vocab = inherited_vocab(run)
+    if draft_vocab is None:
+        always_in = selection.end_of_turn_ids() | set(target.eos_token_ids)
+        draft_vocab = choose_draft_vocab(counts, size, always_in)
     path.write_text(json.dumps({"draft_to_target": draft_vocab.tolist()}))
     return float(counts[draft_vocab].sum() / counts.sum())
 

@@ -10,6 +10,7 @@ from typing import Self
 from torchspec_lib.config.models import DataConfig
 from torchspec_lib.config.run import RunConfig
 from torchspec_lib.data.conversations import Source, open_source
+from torchspec_lib.data.vocab import inherited_vocab
 from torchspec_lib.target import TargetSpec
 
 PREPARE_VERSION = 1
@@ -62,6 +63,9 @@ class Sources:
             "min_loss_tokens": run.data.min_loss_tokens,
             "max_prompts": run.data.max_prompts,
         }
+        inherited = inherited_vocab(run)
+        if inherited is not None:
+            identity["inherited_vocab"] = hashlib.sha256(inherited.tobytes()).hexdigest()
         return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 

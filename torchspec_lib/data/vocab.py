@@ -7,8 +7,35 @@ from collections.abc import Collection
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import safe_open
 
+from torchspec_lib.config.run import RunConfig
 from torchspec_lib.errors import ConfigError
+
+WEIGHTS, OFFSETS = "model.safetensors", "d2t"
+"""Where an exported draft keeps its vocabulary: target id = draft id + offset."""
+
+
+def inherited_vocab(run: RunConfig) -> npt.NDArray[np.int64] | None:
+    """The vocabulary of the exported draft that a run continues, which its weights fit alone.
+
+    Returns:
+        [Vd] target ids, ascending; None where nothing is continued, where it is a checkpoint
+        (whose own check of the vocabulary stands), or where its vocabulary isn't pruned.
+
+    Raises:
+        ConfigError: What is to be continued isn't there.
+    """
+    if run.draft.vocab_size is None or run.training.continual_from is None:
+        return None
+    weights = run.training.continual_path / WEIGHTS
+    if not weights.is_file():
+        return None
+    with safe_open(weights, framework="numpy") as tensors:
+        if OFFSETS not in tensors.keys():  # noqa: SIM118 - not a mapping
+            return None
+        offsets: npt.NDArray[np.int64] = tensors.get_tensor(OFFSETS)
+    return np.arange(len(offsets)) + offsets
 
 
 def choose_draft_vocab(

@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from torchspec_lib.config.run import RunConfig
 from torchspec_lib.config.settings import PROJECT_ROOT
-from torchspec_lib.results import DatasetManifest, EvalReport, TrainSummary
+from torchspec_lib.results import Cost, DatasetManifest, EvalReport, TrainSummary
 from torchspec_lib.target import TargetSpec
 
 MODEL_CARD = "README.md"
+COMMIT = "COMMIT"
+"""A file that an image keeps beside the code, which has no checkout there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +32,7 @@ class Candidate:
     """JSON lines, one step each: ``StepMetrics`` with ``accept_rates`` and ``accept_length``."""
     stage_s: Mapping[str, float]
     """How long each stage of the pipeline took, in its order."""
+    cost: Cost
     champion_report: EvalReport | None = None
     """The present champion under ``report``'s conditions; see ``champion_to_evaluate``."""
 
@@ -42,8 +46,16 @@ def content_hash(draft_dir: Path) -> str:
     return digest.hexdigest()
 
 
+def config_hash(run: RunConfig) -> str:
+    """Of all settings of a run, as 16 hex digits; the settings themselves lie with the version."""
+    return hashlib.sha256(run.model_dump_json().encode()).hexdigest()[:16]
+
+
 def code_version() -> str:
-    """The commit of a checkout, ``-dirty`` with local changes; else the package's version."""
+    """The commit of a checkout, ``-dirty`` with local changes; else the image's, or the version."""
+    noted = PROJECT_ROOT / COMMIT
+    if noted.is_file():
+        return noted.read_text().strip()
     git = shutil.which("git")
     if git is None or not (PROJECT_ROOT / ".git").exists():
         return importlib.metadata.version("torchspec-flyte")

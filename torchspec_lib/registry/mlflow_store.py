@@ -5,17 +5,22 @@ Figures that decide about a draft are tags of its version, set when the version 
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from torchspec_lib.config.run import RunConfig
-from torchspec_lib.registry.candidate import MODEL_CARD, Candidate, code_version
+from torchspec_lib.registry.candidate import MODEL_CARD, Candidate, code_version, config_hash
 from torchspec_lib.registry.gate import conditions
 from torchspec_lib.registry.model_card import model_card
+from torchspec_lib.results import EvalReport
 
 ALIAS = "champion"
+EVALUATION = "evaluation.json"
+PROMPTS_UNTIL = "prompts_until"
 DRAFT_FOLDER = "draft"
 """Where the exported draft lies among the artifacts."""
 MAX_METRICS, MAX_PARAMS = 1000, 100
@@ -34,6 +39,10 @@ class DraftVersion:
     target_fingerprint: str
     source: str
     """URI of the draft's files."""
+    run_id: str
+    """MLflow's run with everything about it."""
+    prompts_until: datetime | None
+    """Up to when its conversations had arrived, if a night trained it."""
 
 
 class MlflowStore:
@@ -52,6 +61,7 @@ class MlflowStore:
             return None
         found = self._client.get_model_version(self._name, str(models[0].aliases[ALIAS]))
         tags = found.tags
+        until = tags.get(PROMPTS_UNTIL)
         return DraftVersion(
             version=str(found.version),
             content=tags["draft_sha256"],
@@ -59,6 +69,8 @@ class MlflowStore:
             conditions=tags["conditions"],
             target_fingerprint=tags["target_fingerprint"],
             source=found.source,
+            run_id=found.run_id,
+            prompts_until=datetime.fromisoformat(until) if until else None,
         )
 
     def find(self, content: str) -> str | None:
@@ -70,17 +82,17 @@ class MlflowStore:
     def add(self, run: RunConfig, candidate: Candidate, content: str) -> str:
         """Log everything about a draft in a run of its own, then create its version."""
         client, code = self._client, code_version()
-        tags = {"draft_sha256": content, **_lineage(candidate, code), **_figures(candidate)}
+        tags = {"draft_sha256": content, **_lineage(run, candidate, code), **_figures(candidate)}
         mlflow_run = client.create_run(
             self._experiment_id(), run_name=candidate.training.run_id, tags=tags
         )
         run_id, status = mlflow_run.info.run_id, "FAILED"
         try:
-            card = model_card(candidate, self._name, code)
+            card = model_card(candidate, self._name, code, config_hash(run))
             client.log_artifacts(run_id, str(candidate.draft_dir), DRAFT_FOLDER)
             client.log_text(run_id, card, f"{DRAFT_FOLDER}/{MODEL_CARD}")
             client.log_text(run_id, run.model_dump_json(indent=2), "config.json")
-            client.log_text(run_id, candidate.report.model_dump_json(indent=2), "evaluation.json")
+            client.log_text(run_id, candidate.report.model_dump_json(indent=2), EVALUATION)
             self._log_curves(run_id, candidate)
             self._log_settings(run_id, run)
             status = "FINISHED"
@@ -92,10 +104,22 @@ class MlflowStore:
         created = client.create_model_version(self._name, source, run_id, tags=tags)
         return str(created.version)
 
-    def update_figures(self, version: str, candidate: Candidate) -> None:
-        """Put the newest evaluation's figures on a version."""
-        for key, value in _figures(candidate).items():
+    def update(self, version: str, run: RunConfig, candidate: Candidate) -> None:
+        """Put the newest evaluation's figures on a version, and a later night's date."""
+        found = self._client.get_model_version(self._name, version)
+        tags = {**_figures(candidate), **_night(run)}
+        if all(found.tags.get(key) == value for key, value in tags.items()):
+            return
+        report = candidate.report.model_dump_json(indent=2)
+        self._client.log_text(found.run_id, report, EVALUATION)
+        for key, value in tags.items():
             self._client.set_model_version_tag(self._name, version, key, value)
+
+    def evaluation(self, draft: DraftVersion) -> EvalReport:
+        """A version's newest evaluation, prompt by prompt."""
+        with tempfile.TemporaryDirectory(prefix="evaluation-") as folder:
+            file = Path(self._client.download_artifacts(draft.run_id, EVALUATION, folder))
+            return EvalReport.model_validate_json(file.read_text())
 
     def make_champion(self, version: str) -> None:
         """Move the alias."""
@@ -152,14 +176,26 @@ def _client(tracking_uri: str) -> Any:
     return MlflowClient(tracking_uri=tracking_uri, registry_uri=tracking_uri)
 
 
-def _lineage(candidate: Candidate, code: str) -> dict[str, str]:
+def _lineage(run: RunConfig, candidate: Candidate, code: str) -> dict[str, str]:
+    cost = candidate.cost
     return {
         "target": candidate.target.path,
         "target_fingerprint": candidate.target.fingerprint,
         "dataset_id": candidate.manifest.dataset_id,
         "training_run_id": candidate.training.run_id,
         "code_version": code,
+        "config_sha256": config_hash(run),
+        "gpu_hours": f"{cost.gpu_hours:.4f}",
+        "gpus": str(cost.num_gpus),
+        "tokens": str(cost.num_tokens),
+        "wall_s": f"{cost.wall_s:.1f}",
+        **_night(run),
     }
+
+
+def _night(run: RunConfig) -> dict[str, str]:
+    until = run.registry.prompts_until
+    return {} if until is None else {PROMPTS_UNTIL: until.isoformat()}
 
 
 def _figures(candidate: Candidate) -> dict[str, str]:

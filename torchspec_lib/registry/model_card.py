@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from torchspec_lib.registry.candidate import Candidate
 from torchspec_lib.registry.gate import conditions
-from torchspec_lib.results import EvalReport, RegisteredDraft
+from torchspec_lib.results import Cost, Estimate, EvalReport, RegisteredDraft
 
 LABEL_WIDTH = 15
 
@@ -30,6 +30,7 @@ def run_summary(candidate: Candidate, outcome: RegisteredDraft) -> str:
             f"{sum(manifest.rejected.values()):,} filtered out{_reasons(manifest.rejected)}"
         ),
         "time": _times(candidate.stage_s),
+        "cost": cost_text(candidate.cost),
         "draft": str(candidate.draft_dir),
     }
     if outcome.registered:
@@ -37,9 +38,16 @@ def run_summary(candidate: Candidate, outcome: RegisteredDraft) -> str:
     return "\n".join(f"{label:<{LABEL_WIDTH}}{text}" for label, text in rows.items())
 
 
-def model_card(candidate: Candidate, model_name: str, code: str) -> str:
-    """The README of a registered draft: how to serve it, what it reached, what it is made of."""
-    report, target = candidate.report, candidate.target
+def model_card(candidate: Candidate, model_name: str, code: str, config: str) -> str:
+    """The README of a registered draft: how to serve it, what it reached, what it is made of.
+
+    Args:
+        candidate: The draft.
+        model_name: What it is registered as.
+        code: ``code_version``.
+        config: ``config_hash``.
+    """
+    report, target, manifest = candidate.report, candidate.target, candidate.manifest
     steps = report.draft_steps
     return f"""# {model_name}
 
@@ -72,17 +80,47 @@ Measured with: {conditions(report)}.
 | | |
 |---|---|
 | samples trained | {candidate.training.num_trained:,} in {candidate.training.num_steps:,} steps |
-| data set | `{candidate.manifest.dataset_id}` |
+| data set | `{manifest.dataset_id}`, {manifest.num_tokens:,} tokens |
 | training run | `{candidate.training.run_id}` |
 | code | `{code}` |
+| settings | `{config}`, in `config.json` beside the draft's folder |
+
+## What it cost
+
+{cost_text(candidate.cost)}.
 """
+
+
+def cost_text(cost: Cost) -> str:
+    """A bill in a line.
+
+    Example:
+        ``"1.25 GPU-hours on 8 GPUs, 0.2 hours in all, 1,200,000 tokens trained"``
+    """
+    held = f"{cost.gpu_hours:,.2f} GPU-hours on {cost.num_gpus} GPU{'s' * (cost.num_gpus != 1)}"
+    if not cost.num_gpus:
+        held = f"no GPU, {cost.num_workers} cores"
+    return f"{held}, {duration(cost.wall_s)} in all, {cost.num_tokens:,} tokens trained"
+
+
+def estimate_text(estimate: Estimate) -> str:
+    """An estimate in a few words: ``3.5 h, 28 GPU-hours``."""
+    gpu_hours = f", {estimate.gpu_hours:,.1f} GPU-hours" if estimate.gpu_hours else ""
+    return f"{duration(estimate.train_s)}{gpu_hours}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: ``82 s``, ``14 min``, ``3.5 h``."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _outcome(outcome: RegisteredDraft) -> str:
     if not outcome.registered:
         return outcome.decision
     alias = ", alias champion" if outcome.is_champion else ""
-    again = "" if outcome.is_new else " (registered before with this very content)"
+    again = "" if outcome.is_new else ", already registered with this very content"
     return f"{outcome.model_name} version {outcome.version}{alias}{again}: {outcome.decision}"
 
 

@@ -6,6 +6,7 @@ it. A version is created when all its files and figures are there, so it is whol
 """
 
 import logging
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +47,34 @@ def champion(run: RunConfig, target: TargetSpec) -> DraftVersion | None:
     return found
 
 
+def champion_files(run: RunConfig, best: DraftVersion) -> Path:
+    """The champion's draft under ``data_root``, by its content; downloaded if it isn't there."""
+    folder = run.data_path / "champions" / best.content[:16]
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=folder.parent) as staging:
+            _open(run).download(best, Path(staging)).rename(folder)
+    return folder
+
+
+def champion_evaluation(
+    run: RunConfig, target: TargetSpec, draft_dir: Path, report: EvalReport
+) -> EvalReport | None:
+    """The champion's evaluation, where it was made under the conditions of ``report``.
+
+    None where there is none, and where ``draft_dir`` is the champion itself.
+
+    Raises:
+        ConfigError: The champion is a draft for another target.
+    """
+    best = champion(run, target)
+    if best is None or best.conditions != conditions(report):
+        return None
+    if best.content == content_hash(draft_dir):
+        return None
+    return _open(run).evaluation(best)
+
+
 def champion_to_evaluate(
     run: RunConfig, target: TargetSpec, draft_dir: Path, report: EvalReport, folder: Path
 ) -> Path | None:
@@ -84,7 +113,7 @@ def register_draft(run: RunConfig, candidate: Candidate) -> RegisteredDraft:
             candidate brings no ``champion_report`` under the same conditions.
     """
     start = time.perf_counter()
-    gate = check_draft(candidate.report, run.registry.min_accept_length)
+    gate = judge(run, candidate)
     outcome = _register(run, candidate) if gate.passed else _refusal(run, gate)
     stage_s = {**candidate.stage_s, "register": time.perf_counter() - start}
     logger.info(
@@ -98,20 +127,37 @@ def register_draft(run: RunConfig, candidate: Candidate) -> RegisteredDraft:
     return outcome.model_copy(update={"summary": summary})
 
 
+def judge(run: RunConfig, candidate: Candidate) -> GateDecision:
+    """Whether ``register_draft`` will register a draft, and why.
+
+    Raises:
+        ConfigError: The champion is a draft for another target.
+        ValueError: As ``register_draft``.
+    """
+    gate = check_draft(candidate.report, run.registry.min_accept_length)
+    if gate.passed and run.registry.only_better:
+        return _title(candidate, champion(run, candidate.target))
+    return gate
+
+
+def _title(candidate: Candidate, best: DraftVersion | None) -> GateDecision:
+    """Whether a draft is to be the champion."""
+    if best is not None and best.content == content_hash(candidate.draft_dir):
+        return GateDecision(True, "this very draft is the champion already")
+    return check_champion(candidate.report, _accept_length(best, candidate))
+
+
 def _register(run: RunConfig, candidate: Candidate) -> RegisteredDraft:
     best = champion(run, candidate.target)
     store, content = _open(run), content_hash(candidate.draft_dir)
     is_champion = best is not None and best.content == content
-    if is_champion:
-        title = GateDecision(True, "this very draft is the champion already")
-    else:
-        title = check_champion(candidate.report, _accept_length(best, candidate))
+    title = _title(candidate, best)
     version = store.find(content)
     is_new = version is None
     if version is None:
         version = store.add(run, candidate, content)
     else:
-        store.update_figures(version, candidate)
+        store.update(version, run, candidate)
     if title.passed and not is_champion:
         store.make_champion(version)
     return RegisteredDraft(

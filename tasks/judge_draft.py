@@ -1,0 +1,118 @@
+"""Task: a draft and its evaluation -> whether it is registered, beside the champion's figures."""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from flytekit import task
+
+from tasks.outputs import (
+    Evaluation,
+    PreparedData,
+    ProvisionedCluster,
+    TrainedDraft,
+    Verdict,
+    stage_times,
+)
+from tasks.resources import EVALUATION, EVALUATION_TIMEOUT, GPU_IMAGE, POD_TEMPLATE, RETRIES
+from tasks.run_input import RunInput
+from tasks.stage import stage, tell
+from torchspec_lib.results import EvalReport
+
+if TYPE_CHECKING:
+    from torchspec_lib.registry.candidate import Candidate
+
+
+class Judged(NamedTuple):
+    """The verdict, and whether it is good: a primitive, which Flyte can branch on."""
+
+    verdict: Verdict
+    passed: bool
+
+
+@task(
+    container_image=GPU_IMAGE,
+    requests=EVALUATION,
+    pod_template_name=POD_TEMPLATE,
+    retries=RETRIES,
+    timeout=EVALUATION_TIMEOUT,
+    enable_deck=True,
+    deck_fields=(),
+)
+def judge_draft(
+    run: RunInput,
+    data: PreparedData,
+    provisioned: ProvisionedCluster,
+    draft: TrainedDraft,
+    evaluation: Evaluation,
+) -> Judged:
+    """Compare the draft with the champion as it is now, and check the gate.
+
+    Never cached: the champion changes. It is measured anew where its figures stem from other
+    conditions.
+    """
+    with stage("judge_draft"):
+        from torchspec_lib.registry.registry import judge
+
+        report = evaluation.report
+        champion = _champion_report(run, data, Path(draft.draft.download()), report)
+        gate = judge(run, candidate_of(data, provisioned, draft, evaluation, champion))
+        tell(gate.reason)
+        if champion is not None:  # else the evaluation's own report says it all
+            _publish(run, data, report, champion)
+        verdict = Verdict(reason=gate.reason, champion_report=champion)
+        return Judged(verdict, gate.passed)
+
+
+def candidate_of(
+    data: PreparedData,
+    provisioned: ProvisionedCluster,
+    draft: TrainedDraft,
+    evaluation: Evaluation,
+    champion_report: EvalReport | None,
+) -> "Candidate":
+    """All that the registry wants to know of a draft."""
+    from torchspec_lib.cost import bill
+    from torchspec_lib.registry.candidate import Candidate
+
+    stage_s = stage_times(data, provisioned, draft, evaluation)
+    return Candidate(
+        draft_dir=Path(draft.draft.download()),
+        target=data.target,
+        manifest=data.manifest,
+        training=draft.summary,
+        report=evaluation.report,
+        step_metrics=Path(draft.metrics.download()),
+        stage_s=stage_s,
+        cost=bill(provisioned.plan, draft.summary, stage_s),
+        champion_report=champion_report,
+    )
+
+
+def _publish(run: RunInput, data: PreparedData, report: EvalReport, champion: EvalReport) -> None:
+    from tasks import draft_reports, reports
+    from torchspec_lib.data.chat import ChatTokenizer
+
+    remote = run.model.trust_remote_code
+    tokenizer = ChatTokenizer.load(data.target.path, remote).tokenizer
+    page = draft_reports.evaluation_report(report, champion, tokenizer)
+    reports.publish("evaluation", page, data.run_folder(run))
+
+
+def _champion_report(
+    run: RunInput, data: PreparedData, draft_dir: Path, report: EvalReport
+) -> EvalReport | None:
+    """The champion's evaluation under the draft's conditions, from the registry or made here."""
+    from torchspec_lib.registry.registry import champion_evaluation, champion_to_evaluate
+
+    known = champion_evaluation(run, data.target, draft_dir, report)
+    if known is not None:
+        return known
+    with tempfile.TemporaryDirectory(prefix="champion-") as folder:
+        best = champion_to_evaluate(run, data.target, draft_dir, report, Path(folder))
+        if best is None:
+            return None
+        from torchspec_lib.evaluation.evaluate import evaluate_draft
+
+        tell("measuring the champion too: its figures stem from other conditions")
+        return evaluate_draft(run, data.target, best, data.shared_folder(run))
