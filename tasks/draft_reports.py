@@ -1,152 +1,120 @@
 """Reports on a draft: how it learned, and what it is worth."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from tasks.report_page import (
-    ACCENT,
     GOOD,
     MUTED,
-    WARM,
+    amount,
     axes,
+    clipped,
     decision,
     facts,
     highlighted,
     note,
     page,
     plot,
+    sample_title,
     section,
+    size,
     table,
     tiles,
 )
-from torchspec_lib.plan import MIB
+from tasks.training_plots import learning_plot, throughput_plot
 from torchspec_lib.registry.gate import conditions
+from torchspec_lib.registry.model_card import duration
 from torchspec_lib.results import EvalReport, PromptResult, TrainSummary
 from torchspec_lib.types import StepMetrics
 
 NUM_SAMPLES = 6
 BALANCED = 0.1
 """Waiting less than this share of the time is no bottleneck."""
-MIN_CHAINS = 10
-"""A rate of fewer chains than these says nothing."""
-NUM_WINDOWS = 25
-"""Points of a smoothed curve: windows of steps whose counts are taken together."""
+IN_TURNS = 0.6
+"""Where one side waits more than this share of what the other does, neither is the slower one."""
+MAX_LABELLED = 8
+"""Bars for more positions than these have no room for labels."""
+MAX_PROMPT = 240
+"""Characters of a prompt above its answer."""
 
 
 def training_report(summary: TrainSummary, steps: Sequence[StepMetrics]) -> str:
     """How the draft learned, how fast, and who waited."""
-    rejected = {f"rejected: {reason}": f"{n:,}" for reason, n in summary.rejected.items()}
     resumed = summary.resumed_from_step
+    speed = sum(s.num_tokens for s in steps) / sum(s.step_s + s.wait_s for s in steps)
+    epochs = "1 epoch" if summary.num_epochs == 1 else f"{summary.num_epochs} epochs"
     return page(
         "Training",
-        f"run {summary.run_id}" + (f", resumed from step {resumed}" if resumed else ""),
+        f"run {summary.run_id}" + (f", resumed from step {resumed:,} (dotted)" if resumed else ""),
         tiles(
             {
                 "accept length, simulated": f"{summary.accept_length:.2f}",
                 "loss of the last step": f"{summary.loss:.3f}",
                 "steps": f"{summary.num_steps:,}",
-                "samples trained": f"{summary.num_trained:,}",
-                "rejected": f"{summary.num_rejected:,}",
-                "tokens": f"{summary.num_tokens:,}",
+                "samples trained": amount(summary.num_trained),
+                "rejected": amount(summary.num_rejected),
+                "tokens per second": amount(speed),
             }
         ),
-        section("Learning", _learning_plot(steps)),
-        section("Throughput", decision(*who_waited(summary)), _throughput_plot(steps)),
+        section("Learning", learning_plot(steps, resumed)),
+        section("Throughput", decision(*who_waited(summary)), throughput_plot(steps, resumed)),
         section(
             "Accounts",
             facts(
                 {
                     "trained + rejected": f"{summary.num_trained:,} + {summary.num_rejected:,} = "
-                    f"{summary.num_prompts:,} prompts x {summary.num_epochs} epoch(s)",
-                    "hidden states streamed": f"{summary.bytes_streamed / MIB:,.0f} MiB",
-                    "wall time": f"{summary.wall_s:.1f} s",
-                    **rejected,
+                    f"{summary.num_prompts:,} prompts x {epochs}",
+                    "tokens": f"{summary.num_tokens:,}",
+                    "hidden states streamed": size(summary.bytes_streamed),
+                    "wall time": duration(summary.wall_s),
                 }
             ),
         ),
-        *_recoveries(summary),
+        *_losses(summary),
     )
 
 
-def _recoveries(summary: TrainSummary) -> list[str]:
-    """What was lost and replaced, if anything was."""
-    rows = [(lost.part, f"{lost.seconds:.1f} s", lost.cause) for lost in summary.recoveries]
-    if not rows:
-        return []
-    return [section("Lost and replaced", table(("part", "back after", "cause"), rows))]
+def _losses(summary: TrainSummary) -> list[str]:
+    """Samples that weren't trained, and parts that were lost and replaced, if there are any."""
+    sections = []
+    if summary.rejected:
+        rows = [(reason, f"{count:,}") for reason, count in summary.rejected.items()]
+        sections.append(section("Rejected", table(("reason", "samples"), rows)))
+    if summary.recoveries:
+        lost = [(r.part, clipped(r.cause), f"{r.seconds:.1f} s") for r in summary.recoveries]
+        header = ("part", "cause", "back after")
+        sections.append(section("Lost and replaced", table(header, lost, num_words=2)))
+    return sections
 
 
 def who_waited(summary: TrainSummary) -> tuple[bool, str]:
     """Whether engines and trainers are in balance, and what to do about it."""
     trainers, engines = (
-        waited / summary.wall_s for waited in (summary.trainer_wait_s, summary.capture_wait_s)
+        min(waited / summary.wall_s, 1.0)
+        for waited in (summary.trainer_wait_s, summary.capture_wait_s)
     )
     if max(trainers, engines) < BALANCED:
         return (
             True,
             f"Well balanced: trainers waited {trainers:.0%} of the time, engines {engines:.0%}",
         )
+    if min(trainers, engines) > max(BALANCED, IN_TURNS * max(trainers, engines)):
+        return False, (
+            f"Both sides wait in turns: trainers waited {trainers:.0%} of the time, engines "
+            f"{engines:.0%}. Let more samples be in flight (transfer.max_in_flight_bytes)"
+        )
     if trainers > engines:
         return False, (
-            f"Engines are the bottleneck: trainers waited {trainers:.0%} of the time for samples. "
-            "Add an engine (inference.inference_num_gpus)"
+            f"Engines are the bottleneck: trainers waited {trainers:.0%} of the time for samples, "
+            f"engines {engines:.0%} for room. Add an engine (inference.inference_num_gpus)"
         )
     return False, (
-        f"Trainers are the bottleneck: capturing stood still {engines:.0%} of the time. "
+        f"Trainers are the bottleneck: engines waited {engines:.0%} of the time for room in the "
+        f"store, trainers {trainers:.0%} for samples. "
         "Add a trainer rank (training.training_num_gpus_per_node)"
-    )
-
-
-def _windows(steps: Sequence[StepMetrics]) -> list[Sequence[StepMetrics]]:
-    size = math.ceil(len(steps) / NUM_WINDOWS)
-    return [steps[i : i + size] for i in range(0, len(steps), size)]
-
-
-def _learning_plot(steps: Sequence[StepMetrics]) -> str:
-    windows = _windows(steps)
-    ends = [window[-1].step for window in windows]
-    rates_WK = np.array([_accept_rates(window) for window in windows])
-    figure, (loss, rates) = axes(["loss in nats", "accept rate by depth"], 3.0)
-    loss.plot([s.step for s in steps], [s.loss for s in steps], color=ACCENT, alpha=0.3, lw=0.8)
-    loss.plot(ends, [np.mean([s.loss for s in window]) for window in windows], color=ACCENT)
-    loss.set(xlabel="step", ylim=(0, None))
-    for depth, rates_W in enumerate(rates_WK.T):
-        alpha = 1.0 - 0.75 * depth / rates_WK.shape[1]
-        rates.plot(ends, rates_W, color=GOOD, alpha=alpha, label=f"{depth}")
-    rates.legend(title="depth", frameon=False, fontsize=8, loc="upper left")
-    rates.set(xlabel="step", ylim=(0, 1))
-    return plot(
-        figure,
-        "Loss of every step and its mean; share of the draft's tokens that are the target's own "
-        "choice, at each depth given that all before were right",
-    )
-
-
-def _accept_rates(steps: Sequence[StepMetrics]) -> npt.NDArray[np.float64]:
-    """By depth, from the counts of several steps together; NaN where hardly any got so far."""
-    chains_K = np.sum([step.chains for step in steps], axis=0)
-    matches_K = np.sum([step.matches for step in steps], axis=0)
-    return np.where(chains_K >= MIN_CHAINS, matches_K / np.maximum(chains_K, 1), np.nan)
-
-
-def _throughput_plot(steps: Sequence[StepMetrics]) -> str:
-    windows = _windows(steps)
-    ends = [window[-1].step for window in windows]
-    seconds = [sum(s.step_s + s.wait_s for s in window) for window in windows]
-    tokens = [sum(s.num_tokens for s in window) for window in windows]
-    waits = [sum(s.wait_s for s in window) for window in windows]
-    figure, (speed, wait) = axes(["tokens per second", "share of time spent waiting"], 2.4)
-    speed.plot(ends, [t / s for t, s in zip(tokens, seconds, strict=True)], color=ACCENT)
-    speed.set(xlabel="step", ylim=(0, None))
-    wait.fill_between(ends, [w / s for w, s in zip(waits, seconds, strict=True)], color=WARM, lw=0)
-    wait.set(xlabel="step", ylim=(0, 1))
-    return plot(
-        figure, "Tokens of all ranks per second; how long trainer rank 0 waited for samples"
     )
 
 
@@ -158,10 +126,10 @@ def evaluation_report(report: EvalReport, champion: EvalReport | None, tokenizer
         champion: The champion's under the same conditions, to be shown beside it.
         tokenizer: The target's.
     """
-    samples = (highlighted(_accepted_spans(p, tokenizer)) for p in report.prompts[:NUM_SAMPLES])
     return page(
         "Evaluation",
         conditions(report),
+        decision(*_comparison(report, champion)),
         tiles(
             {
                 "accept length": f"{report.accept_length:.2f}",
@@ -179,28 +147,76 @@ def evaluation_report(report: EvalReport, champion: EvalReport | None, tokenizer
             "one draft and one target step, without the loop around them"
         ),
         section("Acceptance", _acceptance_plot(report, champion)),
-        section(
-            "Figures",
-            facts(
-                {
-                    "new tokens": f"{report.num_new_tokens:,}",
-                    "target forwards": f"{report.num_target_forwards:,}, the prompts' included",
-                    "plain decoding took": f"{report.plain_s:.2f} s",
-                    "speculative decoding took": f"{report.speculative_s:.2f} s",
-                    "a draft step": f"{report.draft_step_s * 1e3:.2f} ms",
-                    "a target step": f"{report.target_step_s * 1e3:.2f} ms",
-                }
-            ),
-        ),
+        section("Figures", _figures(report, champion)),
         section(
             "Answers",
             note(
                 "Marked tokens were proposed by the draft and accepted; the others are the "
-                "target's own"
+                "target's own. From the answer that the draft helped least to the one it helped "
+                "most" + ("" if report.lossless else ", after some that it changed")
             ),
-            *samples,
+            *(
+                sample_title(_heading(p)) + highlighted(_accepted_spans(p, tokenizer))
+                for p in _examples(report.prompts)
+            ),
         ),
     )
+
+
+def _comparison(report: EvalReport, champion: EvalReport | None) -> tuple[bool, str]:
+    """What to think of the figures."""
+    length, differing = report.accept_length, report.num_prompts - report.num_lossless
+    if differing:
+        return False, (
+            f"{differing} of {report.num_prompts} answers differ from plain decoding's: "
+            "speculative decoding must not change any"
+        )
+    if champion is None:
+        return length > 1, (
+            f"{length:.2f} tokens per target forward instead of 1, and no answer is changed"
+        )
+    is_better = length > champion.accept_length
+    return is_better, (
+        f"{'Better' if is_better else 'Not better'} than the champion: {length:.2f} against "
+        f"{champion.accept_length:.2f} tokens per target forward "
+        f"({length / champion.accept_length - 1:+.1%})"
+    )
+
+
+def _figures(report: EvalReport, champion: EvalReport | None) -> str:
+    shown = {"this draft": report} | ({"the champion": champion} if champion else {})
+    rows: dict[str, Callable[[EvalReport], str]] = {
+        "new tokens": lambda r: f"{r.num_new_tokens:,}",
+        "target forwards, the prompts' included": lambda r: f"{r.num_target_forwards:,}",
+        "speed-up, measured": lambda r: f"{r.measured_speedup:.2f}x",
+        "speed-up, projected": lambda r: f"{r.projected_speedup:.2f}x",
+        "plain decoding took": lambda r: f"{r.plain_s:.2f} s",
+        "speculative decoding took": lambda r: f"{r.speculative_s:.2f} s",
+        "a draft step": lambda r: f"{r.draft_step_s * 1e3:.2f} ms",
+        "a target step": lambda r: f"{r.target_step_s * 1e3:.2f} ms",
+    }
+    cells = [(name, *(text(one) for one in shown.values())) for name, text in rows.items()]
+    return table(("", *shown), cells)
+
+
+def _examples(prompts: Sequence[PromptResult]) -> list[PromptResult]:
+    """Some that aren't lossless, if any, then some from the least helped to the most."""
+    differing = [p for p in prompts if not p.lossless][: NUM_SAMPLES // 2]
+    others = sorted((p for p in prompts if p.lossless), key=_length)
+    count = min(NUM_SAMPLES - len(differing), len(others))
+    places = np.linspace(0, len(others) - 1, count).round().astype(int)
+    return differing + [others[place] for place in places]
+
+
+def _length(prompt: PromptResult) -> float:
+    """Accept length of one answer; 1 where it was over with the prompt's forward."""
+    return 1 + sum(prompt.accepted) / max(len(prompt.accepted), 1)
+
+
+def _heading(prompt: PromptResult) -> str:
+    kind = "" if prompt.lossless else ", not what plain decoding gives"
+    question = clipped(" ".join(prompt.text.split()), MAX_PROMPT)
+    return f"{_length(prompt):.2f} tokens per forward{kind}: {question}"
 
 
 def _acceptance_plot(report: EvalReport, champion: EvalReport | None) -> str:
@@ -216,13 +232,15 @@ def _acceptance_plot(report: EvalReport, champion: EvalReport | None) -> str:
         values_at = ((rates, places, one.accept_rates), (lengths, _counted(one), _shares(one)))
         for ax, xs, values in values_at:
             bars = ax.bar(np.asarray(xs) + shift, values, color=color, width=width, label=label)
-            ax.bar_label(bars, fmt="{:.0%}", color=MUTED, fontsize=8 if len(shown) == 1 else 7)
-    rates.set(xlabel="position in the chain", ylim=(0, 1.15), xticks=places)
-    lengths.set(xlabel="tokens", xticks=_counted(report), ylim=(0, None))
+            if report.draft_steps <= MAX_LABELLED:
+                ax.bar_label(bars, fmt="{:.0%}", color=MUTED, fontsize=8 if len(shown) == 1 else 7)
+    rates.set(xlabel="position in the chain", ylim=(0, 1.1), xticks=places)
+    lengths.set(xlabel="tokens", xticks=_counted(report), ylim=(0, 1.1 * lengths.dataLim.y1))
     for ax in (rates, lengths):
         ax.yaxis.set_major_formatter("{x:.0%}")
     if champion is not None:
-        lengths.legend(frameon=False, fontsize=8)
+        handles, labels = rates.get_legend_handles_labels()
+        figure.legend(handles, labels, frameon=False, ncols=2, loc="outside lower right")
     return plot(
         figure,
         "Share of draft tokens accepted at each position given that all before were; how often "

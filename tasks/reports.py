@@ -1,7 +1,5 @@
 """What people look at: one report a stage, as a Flyte deck and as a file beside the run."""
 
-import math
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,37 +7,44 @@ from typing import Any
 import numpy as np
 from flytekit import Deck
 
+from tasks.plan_drawing import cores, drawing
 from tasks.report_page import (
     ACCENT,
+    MUTED,
+    amount,
     axes,
     bars,
-    box,
     decision,
     document,
     facts,
-    flow,
     highlighted,
     lines,
-    node_box,
+    navigation,
     note,
     page,
     plot,
+    sample_title,
     section,
+    size,
     table,
     tiles,
+    whole_numbers,
 )
 from tasks.stage import is_local
 from torchspec_lib.config.run import RunConfig
 from torchspec_lib.data.dataset import decoded_spans, load_prompts, summarize
-from torchspec_lib.plan import MIB, Bundle, ClusterPlan
+from torchspec_lib.plan import ClusterPlan
 from torchspec_lib.ray.capacity import describe
 from torchspec_lib.registry.candidate import Candidate, code_version, config_hash
+from torchspec_lib.registry.gate import conditions
 from torchspec_lib.registry.model_card import duration
 from torchspec_lib.results import DatasetManifest, Estimate, RegisteredDraft
 from torchspec_lib.run_folder import RunFolder
 
 NAMES = ("data", "plan", "training", "evaluation", "registration")
 NUM_SAMPLES = 6
+QUANTILES = {"mean": "mean", "min": "least", "5%": "5%", "50%": "median", "95%": "95%"}
+QUANTILES |= {"max": "most"}
 
 
 def publish(name: str, html: str, folder: RunFolder) -> None:
@@ -47,13 +52,22 @@ def publish(name: str, html: str, folder: RunFolder) -> None:
     Deck(name, html)
     if is_local():
         folder.reports.mkdir(parents=True, exist_ok=True)
-        (folder.reports / f"{name}.html").write_text(document(name, html, NAMES))
+        (folder.reports / f"{name}.html").write_text(document(name, html))
+        _link(folder.reports)
+
+
+def _link(reports: Path) -> None:
+    """Link the files with each other; a stage that isn't done, or was cached, has none."""
+    present = [name for name in NAMES if (reports / f"{name}.html").is_file()]
+    for name in present:
+        path = reports / f"{name}.html"
+        before, _, rest = path.read_text().partition("<nav>")
+        path.write_text(before + navigation(present, name) + rest.partition("</nav>")[2])
 
 
 def data_report(manifest: DatasetManifest, folder: Path, tokenizer: Any) -> str:
     """What the draft is trained on: sizes, lengths, and samples that show what is supervised."""
     prompts = load_prompts(folder)
-    samples = (highlighted(decoded_spans(tokenizer, p)) for p in islice(prompts, NUM_SAMPLES))
     supervised = manifest.num_loss_tokens / manifest.num_tokens
     rejected = [(reason, f"{count:,}") for reason, count in manifest.rejected.items()]
     return page(
@@ -61,23 +75,26 @@ def data_report(manifest: DatasetManifest, folder: Path, tokenizer: Any) -> str:
         f"data set {manifest.dataset_id}",
         tiles(
             {
-                "prompts": f"{manifest.num_prompts:,}",
-                "held-out prompts": f"{manifest.num_heldout:,}",
-                "tokens": f"{manifest.num_tokens:,}",
+                "prompts": amount(manifest.num_prompts),
+                "held-out prompts": amount(manifest.num_heldout),
+                "tokens": amount(manifest.num_tokens),
                 "of them supervised": f"{supervised:.0%}",
                 "draft vocabulary": f"{manifest.draft_vocab_size:,}",
                 "of supervised tokens in it": f"{manifest.vocab_coverage:.2%}",
             }
         ),
-        section("Lengths", _length_plot(prompts.lengths, manifest)),
-        section(
-            "Per prompt",
-            summarize(folder).to_html(border=0, float_format=_short),
-        ),
+        section("Lengths", _length_plot(prompts.lengths, manifest), _quantiles(folder)),
         section(
             "Samples",
             note("Marked text is supervised: the draft learns to predict it, end of turn included"),
-            *samples,
+            *(
+                sample_title(
+                    f"{prompt.prompt_id}: {prompt.num_tokens:,} tokens, "
+                    f"{int(prompt.loss_mask.sum()):,} supervised"
+                )
+                + highlighted(decoded_spans(tokenizer, prompt))
+                for prompt in islice(prompts, NUM_SAMPLES)
+            ),
         ),
         section(
             "Filtered out",
@@ -86,117 +103,103 @@ def data_report(manifest: DatasetManifest, folder: Path, tokenizer: Any) -> str:
     )
 
 
-def _short(number: float) -> str:
-    return f"{number:,.0f}" if float(number).is_integer() else f"{number:,.2f}"
+def _quantiles(folder: Path) -> str:
+    """How lengths are spread over the prompts."""
+    spread = summarize(folder)
+    labels = {
+        "num_tokens": ("tokens of a prompt", "{:,.0f}"),
+        "num_loss_tokens": ("of them supervised", "{:,.0f}"),
+        "vocab_coverage": ("of these in the draft's vocabulary", "{:.1%}"),
+    }
+    rows = [
+        (label, *(form.format(spread[column][key]) for key in QUANTILES))
+        for column, (label, form) in labels.items()
+        if column in spread
+    ]
+    return table(("", *QUANTILES.values()), rows)
 
 
 def _length_plot(lengths: Any, manifest: DatasetManifest) -> str:
     figure, (ax,) = axes([""], 2.4)
-    ax.hist(lengths, bins=40, color=ACCENT)
-    ax.set(xlabel="tokens", ylabel="prompts")
     median = int(np.median(lengths))
+    ax.hist(lengths, bins=60, range=(0, manifest.longest), color=ACCENT)
+    ax.axvline(median, color=MUTED, ls=":", lw=1)
+    ax.set(xlabel="tokens", ylabel="prompts", xlim=(0, None))
+    whole_numbers(ax.xaxis)
+    whole_numbers(ax.yaxis)
     return plot(
-        figure, f"Tokens of a prompt: median {median:,}, the longest has {manifest.longest:,}"
+        figure,
+        f"Tokens of a prompt: median {median:,} (dotted), the longest has {manifest.longest:,}",
     )
 
 
 def plan_report(plan: ClusterPlan, estimate: Estimate) -> str:
     """Who sits where, what the store holds, and what it will cost."""
-    store = f"{_bytes(plan.segment_bytes)}, {_bytes(plan.max_in_flight_bytes)} in flight"
-    engines, trainers = _node_boxes(plan)
+    workers = {"GPUs": plan.num_gpus} if plan.num_gpus else {"CPU cores": cores(plan.bundles)}
+    gpus = sum(bundle.num_gpus for bundle in plan.inference_bundles) // plan.num_engines
+    share = f", {size(plan.weight_bytes / gpus)} on each of its {gpus} GPUs" if gpus > 1 else ""
     return page(
         "Cluster plan",
         f"placement {plan.placement} on {plan.device}",
         tiles(
             {
-                "GPUs": f"{plan.num_gpus:,}",
+                **{name: f"{count:,}" for name, count in workers.items()},
                 "trainer ranks": f"{len(plan.training_bundles):,}",
                 "engines": f"{plan.num_engines:,}",
                 "steps": f"{plan.num_steps:,}",
-                "expected": duration(estimate.train_s),
+                "expected to take": duration(estimate.train_s),
+                **({"GPU-hours": f"{estimate.gpu_hours:,.1f}"} if plan.num_gpus else {}),
             }
-            | ({"GPU-hours": f"{estimate.gpu_hours:,.1f}"} if plan.num_gpus else {})
         ),
-        section("Who sits where", flow(engines, [box("store", "Mooncake store", store)], trainers)),
         note(f"Expected: {estimate.basis}"),
+        section("Who sits where", drawing(plan)),
         section(
             "Sizes",
             facts(
                 {
                     "a token's hidden states": f"{plan.bytes_per_token:,} bytes",
-                    "the longest sample": _bytes(plan.sample_bytes),
-                    "in flight at most": f"{_bytes(plan.max_in_flight_bytes)}, captured or "
+                    "the longest sample": size(plan.sample_bytes),
+                    "in flight at most": f"{size(plan.max_in_flight_bytes)}, captured or "
                     "being captured and not yet fetched",
-                    "the store's memory": _bytes(plan.segment_bytes),
-                    "the target's weights": f"{_bytes(plan.weight_bytes)} an engine",
+                    "the store's memory": size(plan.segment_bytes),
+                    "the target's weights": f"{size(plan.weight_bytes)} an engine{share}",
                 }
             ),
         ),
     )
 
 
-def _bytes(count: int) -> str:
-    mib = count / MIB
-    return f"{mib:,.1f} MiB" if mib < 1024 else f"{mib / 1024:,.1f} GiB"
-
-
-def _node_boxes(plan: ClusterPlan) -> tuple[list[str], list[str]]:
-    """Drawings of the nodes that capture, and of those that train."""
-    trainers = [(f"trainer rank {i}", _size(b)) for i, b in enumerate(plan.training_bundles)]
-    training = _spread("trainer", "training node", trainers, plan.training_num_nodes)
-    if plan.placement == "colocate":
-        engines = [(f"engine {i}", "beside a trainer rank") for i in range(plan.num_engines)]
-        return _spread("engine", "training node", engines, plan.training_num_nodes), training
-    parts = len(plan.inference_bundles) // plan.num_engines
-    engines = [
-        (f"engine {i // parts}" + (f", part {i % parts}" if parts > 1 else ""), _size(b))
-        for i, b in enumerate(plan.inference_bundles)
-    ]
-    return _spread("engine", "inference node", engines, plan.inference_num_nodes), training
-
-
-def _spread(kind: str, node: str, actors: Sequence[tuple[str, str]], num_nodes: int) -> list[str]:
-    """Actors over as many nodes, each as full as the others but for the last."""
-    per_node = math.ceil(len(actors) / max(num_nodes, 1))
-    return [
-        node_box(
-            f"{node} {i + 1}" if num_nodes > 1 else node,
-            [box(kind, *actor) for actor in actors[i * per_node : (i + 1) * per_node]],
-        )
-        for i in range(num_nodes)
-    ]
-
-
-def _size(bundle: Bundle) -> str:
-    return describe(bundle.num_gpus, bundle.num_cpus)
-
-
 def registration_report(outcome: RegisteredDraft, candidate: Candidate, run: RunConfig) -> str:
     """How the pipeline ended, why, where the time went, and where the draft comes from."""
+    manifest, cost, champion = candidate.manifest, candidate.cost, candidate.champion_report
     state = "champion" if outcome.is_champion else "registered"
-    manifest, cost = candidate.manifest, candidate.cost
+    before = {"the champion's": f"{champion.accept_length:.2f}"} if champion else {}
     return page(
         "Registration",
         outcome.model_name,
+        decision(outcome.registered, _ending(outcome)),
         tiles(
             {
                 "state": state if outcome.registered else "not registered",
                 "version": outcome.version or "none",
                 "accept length": f"{candidate.report.accept_length:.2f}",
+                **before,
             }
         ),
-        section("Decision", decision(outcome.registered, outcome.decision)),
-        note(
-            f"The gate: lossless on every prompt, and an accept length of at least "
-            f"{run.registry.min_accept_length:g}"
-            + (", and better than the champion" if run.registry.only_better else "")
+        section(
+            "The gate",
+            table(("", "wanted", "reached", ""), _gate(candidate, run), num_words=4),
+            note(f"Measured with {conditions(candidate.report)}"),
         ),
-        section("Time of each stage", bars(candidate.stage_s, "s")),
+        section(
+            "Time of each stage",
+            bars({name: (s, _seconds(s)) for name, s in candidate.stage_s.items()}),
+        ),
         section(
             "Cost",
             facts(
                 {
-                    "GPU-hours": f"{cost.gpu_hours:,.2f} on {cost.num_gpus} GPU(s)"
+                    "GPU-hours": f"{cost.gpu_hours:,.2f} on {describe(cost.num_gpus, 0)}"
                     if cost.num_gpus
                     else "none: everything ran on CPUs",
                     "workers": f"{cost.num_workers} trainer ranks and engines",
@@ -221,3 +224,46 @@ def registration_report(outcome: RegisteredDraft, candidate: Candidate, run: Run
         ),
         section("Summary", lines(outcome.summary)),
     )
+
+
+def _ending(outcome: RegisteredDraft) -> str:
+    """What became of the draft, and why, in a sentence."""
+    if not outcome.registered:
+        return f"Not registered: {outcome.decision}"
+    if not outcome.is_new:
+        how = f"Already registered as version {outcome.version}, with this very content"
+    elif outcome.is_champion:
+        how = f"Registered as version {outcome.version}, the new champion"
+    else:
+        how = f"Registered as version {outcome.version}; the champion stays"
+    return f"{how}: {outcome.decision}"
+
+
+def _gate(candidate: Candidate, run: RunConfig) -> list[tuple[str, str, str, str]]:
+    """Each condition: its name, what is wanted, what was reached, and whether that will do."""
+    report, champion = candidate.report, candidate.champion_report
+    least = run.registry.min_accept_length
+    length = f"{report.accept_length:.3f}"
+    rows = [
+        (
+            "answers as in plain decoding",
+            f"all {report.num_prompts}",
+            f"{report.num_lossless}",
+            _mark(report.lossless),
+        ),
+        ("accept length", f"at least {least:g}", length, _mark(report.accept_length >= least)),
+    ]
+    if champion is not None:
+        purpose = "accept length" if run.registry.only_better else "the same, to be champion"
+        is_better = report.accept_length > champion.accept_length
+        wanted = f"above the champion's {champion.accept_length:.3f}"
+        rows.append((purpose, wanted, length, _mark(is_better)))
+    return rows
+
+
+def _mark(is_met: bool) -> str:
+    return "✓ met" if is_met else "✗ not met"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 10 else duration(seconds)

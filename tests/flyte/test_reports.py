@@ -1,78 +1,23 @@
-"""The reports: whole pages that need no network, and say what the figures say."""
+"""The reports up to training: whole pages that need no network, and say what the figures say."""
 
-import base64
-import re
-from html.parser import HTMLParser
+import json
+import time
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 from flytekit import FlyteContextManager
 
-from tasks import draft_reports, reports
+from tasks import draft_reports, plan_drawing, report_page, reports
+from tests.flyte.pages import PageCheck, plots, run_in
 from tests.flyte.records import ESTIMATE, SUMMARY
-from torchspec_lib.config.models import DataConfig, ModelConfig
-from torchspec_lib.config.run import RunConfig
+from torchspec_lib.config.models import ModelConfig
 from torchspec_lib.data.chat import ChatTokenizer
 from torchspec_lib.data.dataset import prepare_dataset
 from torchspec_lib.plan import ClusterPlan, make_plan
-from torchspec_lib.registry.candidate import Candidate
-from torchspec_lib.results import (
-    Cost,
-    DatasetManifest,
-    EvalReport,
-    PromptResult,
-    RegisteredDraft,
-)
+from torchspec_lib.results import DatasetManifest
 from torchspec_lib.run_folder import RunFolder
 from torchspec_lib.target import TargetSpec, read_target
 from torchspec_lib.types import Recovery, StepMetrics
-
-VOID_TAGS = {"img", "meta", "br"}
-
-
-class PageCheck(HTMLParser):
-    """Raises where a tag is closed that wasn't opened last, or a resource lies elsewhere."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open_tags: list[str] = []
-        self.marked: list[str] = []
-        self.feed(html)
-        assert self.open_tags == []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        for name, value in attrs:
-            if name == "src":
-                assert (value or "").startswith("data:image/svg+xml;base64,")
-        if tag not in VOID_TAGS:
-            self.open_tags.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open_tags.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if "mark" in self.open_tags:
-            self.marked.append(data)
-
-
-def plots(html: str) -> list[str]:
-    """The texts in each plot."""
-    images = [base64.b64decode(data) for data in re.findall(r"base64,([^\"]+)", html)]
-    return [" ".join("".join(ElementTree.fromstring(image).itertext()).split()) for image in images]
-
-
-def run_in(folder: Path) -> RunConfig:
-    return RunConfig(
-        model=ModelConfig(target="examples/tiny_target", dtype="float32"),
-        data=DataConfig(
-            train=("examples/tiny_target/train.jsonl",),
-            heldout=("examples/tiny_target/heldout.jsonl",),
-            max_length=512,
-            max_prompts=20,
-        ),
-        data_root=str(folder),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -118,38 +63,6 @@ def steps(count: int) -> list[StepMetrics]:
     ]
 
 
-def evaluated(prompts: tuple[PromptResult, ...]) -> EvalReport:
-    return EvalReport(
-        engine="hf",
-        draft_steps=2,
-        temperature=0.0,
-        prompt_set="heldout-abc (1 prompts)",
-        max_new_tokens=96,
-        num_prompts=1,
-        num_lossless=1,
-        accept_length=2.5,
-        accept_rates=(0.75, 0.5),
-        num_new_tokens=6,
-        num_target_forwards=3,
-        plain_s=2.0,
-        speculative_s=1.0,
-        draft_step_s=0.001,
-        target_step_s=0.004,
-        prompts=prompts,
-    )
-
-
-def answer(text: str, accepted: tuple[int, ...], num_new_tokens: int) -> PromptResult:
-    return PromptResult(
-        prompt_id="p0",
-        text="What is it?",
-        output_text=text,
-        accepted=accepted,
-        num_new_tokens=num_new_tokens,
-        lossless=True,
-    )
-
-
 def test_the_data_report_marks_what_is_supervised(
     dataset: tuple[DatasetManifest, Path], tokenizer
 ) -> None:
@@ -159,8 +72,37 @@ def test_the_data_report_marks_what_is_supervised(
     assert len(page.marked) >= reports.NUM_SAMPLES
     assert all("<|user|>" not in text for text in page.marked)
     assert all(text.endswith("<|end|>") for text in page.marked)
-    assert "num_loss_tokens" in html
+    assert "of them supervised" in html
     assert len(plots(html)) == 1
+
+
+def test_of_a_prompt_that_is_too_long_to_look_at_the_ends_are_shown() -> None:
+    text = "begin " + "x" * 20_000 + " end"
+    html = report_page.highlighted([(text, False), ("<b>the answer</b>", True)])
+    assert len(html) < 1500
+    assert "begin x" in html
+    assert "x end" in html
+    assert "&lt;b&gt;the answer&lt;/b&gt;" in html
+
+
+def test_of_an_answer_of_many_tokens_the_first_are_shown_and_the_rest_counted() -> None:
+    html = report_page.highlighted([("tok ", True)] * (report_page.MAX_SPANS + 250))
+    assert len(PageCheck(html).marked) == report_page.MAX_SPANS
+    assert "1,000 characters" in html
+
+
+def test_the_data_report_escapes_prompts(target: TargetSpec, tokenizer, tmp_path: Path) -> None:
+    evil = "<script>alert('x')</script> </div></mark> 世界 <img src=http://a.b/c.png>"
+    turns = [{"role": "user", "content": evil}, {"role": "assistant", "content": evil}]
+    file = tmp_path / "train.jsonl"
+    file.write_text(json.dumps({"conversations": turns}))
+    run = run_in(tmp_path)
+    run = run.model_copy(
+        update={"data": run.data.model_copy(update={"train": (str(file),), "max_prompts": None})}
+    )
+    html = reports.data_report(*prepare_dataset(run, target), tokenizer)
+    assert "世界" in "".join(PageCheck(html).marked)
+    assert "<script>" not in html
 
 
 def test_the_plan_report_draws_every_actor(plan: ClusterPlan) -> None:
@@ -171,10 +113,36 @@ def test_the_plan_report_draws_every_actor(plan: ClusterPlan) -> None:
     assert "trainer rank 2" not in html
 
 
-def test_the_plan_report_shows_engines_beside_trainers_in_colocation(plan: ClusterPlan) -> None:
-    shared = plan.model_copy(update={"placement": "colocate", "inference_bundles": ()})
-    html = reports.plan_report(shared, ESTIMATE)
-    assert html.count("beside a trainer rank") == shared.num_engines
+def test_the_plan_report_draws_trainers_and_engines_on_one_node_in_colocation(
+    plan: ClusterPlan,
+) -> None:
+    changes = {"placement": "colocate", "inference_bundles": (), "num_engines": 2}
+    html = reports.plan_report(plan.model_copy(update=changes), ESTIMATE)
+    PageCheck(html)
+    assert html.count("rank 0 + engine 0") == html.count("rank 1 + engine 1") == 1
+    assert html.count('class="node"') == 1
+
+
+def test_the_plan_report_draws_an_engine_over_several_nodes_in_parts(plan: ClusterPlan) -> None:
+    (engine,) = plan.inference_bundles
+    changes = {"inference_bundles": (engine, engine), "inference_num_nodes": 2}
+    html = reports.plan_report(plan.model_copy(update=changes), ESTIMATE)
+    assert html.index("inference node 1") < html.index("engine 0, part 1 of 2")
+    assert html.index("inference node 2") < html.index("engine 0, part 2 of 2")
+
+
+def test_the_plan_report_of_64_engines_draws_some_nodes_and_says_what_is_on_the_others(
+    plan: ClusterPlan,
+) -> None:
+    changes = {
+        "inference_bundles": plan.inference_bundles * 64,
+        "num_engines": 64,
+        "inference_num_nodes": 8,
+    }
+    html = reports.plan_report(plan.model_copy(update=changes), ESTIMATE)
+    PageCheck(html)
+    assert html.count("inference node ") == plan_drawing.MAX_NODES - 1
+    assert "5 more like these, with engine 24 to engine 63" in html
 
 
 def test_the_plan_report_says_what_it_will_take(plan: ClusterPlan) -> None:
@@ -187,8 +155,10 @@ def test_the_plan_report_says_what_it_will_take(plan: ClusterPlan) -> None:
     ("trainers_s", "engines_s", "expected"),
     [
         (4.92, 0.5, "Engines are the bottleneck: trainers waited 41% of the time"),
-        (0.5, 3.0, "Trainers are the bottleneck: capturing stood still 25% of the time"),
-        (1.0, 1.0, "Well balanced"),
+        (0.5, 3.0, "Trainers are the bottleneck: engines waited 25% of the time"),
+        (0.5, 20.0, "Trainers are the bottleneck: engines waited 100% of the time"),
+        (3.6, 3.0, "Both sides wait in turns: trainers waited 30% of the time, engines 25%"),
+        (1.0, 1.0, "Well balanced: trainers waited 8% of the time, engines 8%"),
     ],
 )
 def test_the_training_report_says_who_waited_for_whom(
@@ -205,11 +175,25 @@ def test_the_training_report_shows_its_curves(num_steps: int) -> None:
     html = draft_reports.training_report(SUMMARY, steps(num_steps))
     PageCheck(html)
     assert "299 + 1 = 300 prompts" in html
-    assert "rejected: too long" in html
+    assert "too long" in html
     learning, throughput = plots(html)
     assert "loss in nats" in learning
     assert "accept rate by depth" in learning
     assert "tokens per second" in throughput
+
+
+def test_the_training_report_stays_small_and_quick_with_50_000_steps() -> None:
+    many, start = steps(50_000), time.perf_counter()
+    html = draft_reports.training_report(SUMMARY, many)
+    assert time.perf_counter() - start < 3  # 0.3 s on a machine that does nothing else
+    assert len(html) < 300_000
+
+
+def test_the_training_report_leaves_out_rejections_where_there_are_none() -> None:
+    none = {"num_trained": 300, "num_rejected": 0, "rejected": {}}
+    html = draft_reports.training_report(SUMMARY.model_copy(update=none), steps(7))
+    assert "300 + 0 = 300 prompts" in html
+    assert ">Rejected<" not in html
 
 
 def test_the_training_report_tells_what_was_lost_and_replaced() -> None:
@@ -224,74 +208,13 @@ def test_the_training_report_tells_what_was_lost_and_replaced() -> None:
     assert "Lost and replaced" not in draft_reports.training_report(SUMMARY, steps(7))
 
 
-def test_the_evaluation_report_marks_the_tokens_that_the_draft_got_right(tokenizer) -> None:
-    text = "It is red."
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    first, *others = [tokenizer.decode([i]) for i in ids]
-    accepted = len(others) - 1  # all but the first and the last, which are the target's own
-    html = draft_reports.evaluation_report(
-        evaluated((answer(text, (accepted,), len(ids)),)), None, tokenizer
-    )
-    assert PageCheck(html).marked == others[:-1]
-    assert first not in PageCheck(html).marked
-
-
-def test_the_evaluation_report_shows_the_champion_beside_the_draft(tokenizer) -> None:
-    draft = evaluated((answer("It is red.", (2, 1), 6),))
-    champion = draft.model_copy(update={"accept_length": 2.25, "accept_rates": (0.5, 0.25)})
-    html = draft_reports.evaluation_report(draft, champion, tokenizer)
-    PageCheck(html)
-    assert "2.25" in html
-    (acceptance,) = plots(html)
-    assert "the champion" in acceptance
-    assert "25%" in acceptance
-    (alone,) = plots(draft_reports.evaluation_report(draft, None, tokenizer))
-    assert "the champion" not in alone
-
-
-def test_an_answer_whose_tokens_are_uncertain_is_left_unmarked(tokenizer) -> None:
-    html = draft_reports.evaluation_report(
-        evaluated((answer("It is red.", (2, 2, 2), 40),)), None, tokenizer
-    )
-    assert PageCheck(html).marked == []
-    assert "It is red." in html
-
-
-def test_the_registration_report_escapes_what_it_quotes(target: TargetSpec, dataset) -> None:
-    outcome = RegisteredDraft(
-        registered=False,
-        model_name="<b>draft</b>",
-        version="",
-        is_champion=False,
-        is_new=False,
-        decision="accept length 1.2 is 0.8 below <2.0>",
-        tracking_uri="sqlite:///x.db",
-        summary="not registered <script>",
-    )
-    report = evaluated((answer("It.", (), 1),))
-    candidate = Candidate(
-        draft_dir=Path("draft"),
-        target=target,
-        manifest=dataset[0],
-        training=SUMMARY,
-        report=report,
-        step_metrics=Path("metrics.jsonl"),
-        stage_s={"prepare": 1.0, "train": 30.0},
-        cost=Cost(gpu_hours=1.25, num_gpus=8, num_workers=8, num_tokens=24_000, wall_s=31.0),
-    )
-    html = reports.registration_report(outcome, candidate, run_in(Path("data")))
-    PageCheck(html)
-    assert "0.8 below &lt;2.0&gt;" in html
-    assert "<script>" not in html
-    assert "30.0 s" in html
-    assert "1.25 on 8 GPU(s)" in html
-
-
-def test_a_report_is_a_deck_and_a_file_with_links_to_its_siblings(tmp_path: Path) -> None:
+def test_a_report_is_a_deck_and_a_file_with_links_to_those_that_are_there(tmp_path: Path) -> None:
     context = FlyteContextManager.current_context()
     assert context.user_space_params is not None
     reports.publish("plan", "<p>drawn</p>", RunFolder(tmp_path))
     assert context.user_space_params.decks[-1].name == "plan"
+    reports.publish("training", "<p>trained</p>", RunFolder(tmp_path))
     html = (tmp_path / "reports" / "plan.html").read_text()
     assert "<p>drawn</p>" in html
-    assert all(f'href="{name}.html"' in html for name in reports.NAMES)
+    assert '<nav><b>plan</b> · <a href="training.html">training</a></nav>' in html
+    assert html.count("<nav>") == 1

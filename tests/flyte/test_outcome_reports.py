@@ -1,0 +1,199 @@
+"""The reports on what a draft is worth, what became of it, and what failed."""
+
+import dataclasses
+import re
+from html import unescape
+from pathlib import Path
+
+import pytest
+
+from tasks import draft_reports, reports
+from tasks.failure_page import failure_report
+from tests.flyte.pages import PageCheck, plots, run_in
+from tests.flyte.records import MANIFEST, SUMMARY
+from torchspec_lib.config.models import ModelConfig
+from torchspec_lib.data.chat import ChatTokenizer
+from torchspec_lib.registry.candidate import Candidate
+from torchspec_lib.results import Cost, EvalReport, PromptResult, RegisteredDraft
+from torchspec_lib.target import TargetSpec, read_target
+
+
+@pytest.fixture(scope="module")
+def target() -> TargetSpec:
+    return read_target(ModelConfig(target="examples/tiny_target"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(target: TargetSpec):
+    return ChatTokenizer.load(target.path).tokenizer
+
+
+def evaluated(prompts: tuple[PromptResult, ...]) -> EvalReport:
+    return EvalReport(
+        engine="hf",
+        draft_steps=2,
+        temperature=0.0,
+        prompt_set="heldout-abc (1 prompts)",
+        max_new_tokens=96,
+        num_prompts=1,
+        num_lossless=1,
+        accept_length=2.5,
+        accept_rates=(0.75, 0.5),
+        num_new_tokens=6,
+        num_target_forwards=3,
+        plain_s=2.0,
+        speculative_s=1.0,
+        draft_step_s=0.001,
+        target_step_s=0.004,
+        prompts=prompts,
+    )
+
+
+def answer(text: str, accepted: tuple[int, ...], num_new_tokens: int) -> PromptResult:
+    return PromptResult(
+        prompt_id="p0",
+        text="What is it?",
+        output_text=text,
+        accepted=accepted,
+        num_new_tokens=num_new_tokens,
+        lossless=True,
+    )
+
+
+def test_the_evaluation_report_marks_the_tokens_that_the_draft_got_right(tokenizer) -> None:
+    text = "It is red."
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    first, *others = [tokenizer.decode([i]) for i in ids]
+    accepted = len(others) - 1  # all but the first and the last, which are the target's own
+    html = draft_reports.evaluation_report(
+        evaluated((answer(text, (accepted,), len(ids)),)), None, tokenizer
+    )
+    assert PageCheck(html).marked == others[:-1]
+    assert first not in PageCheck(html).marked
+
+
+def test_the_evaluation_report_shows_the_champion_beside_the_draft(tokenizer) -> None:
+    draft = evaluated((answer("It is red.", (2, 1), 6),))
+    champion = draft.model_copy(update={"accept_length": 2.25, "accept_rates": (0.5, 0.25)})
+    html = draft_reports.evaluation_report(draft, champion, tokenizer)
+    PageCheck(html)
+    assert "Better than the champion: 2.50 against 2.25 tokens per target forward (+11.1%)" in html
+    assert "<td>" in html.partition("the champion</th>")[2]
+    (acceptance,) = plots(html)
+    assert "the champion" in acceptance
+    assert "25%" in acceptance
+    assert "Not better" in draft_reports.evaluation_report(champion, draft, tokenizer)
+    alone = draft_reports.evaluation_report(draft, None, tokenizer)
+    assert "the champion" not in alone + plots(alone)[0]
+
+
+def test_the_evaluation_report_shows_answers_that_the_draft_changed_before_the_others(
+    tokenizer,
+) -> None:
+    good, best = answer("It is red.", (0, 0), 3), answer("It is blue.", (2, 2), 7)
+    changed = answer("It is <i>green</i>.", (1,), 3).model_copy(update={"lossless": False})
+    report = evaluated((best, good, changed))
+    report = report.model_copy(update={"num_prompts": 3, "num_lossless": 2})
+    html = draft_reports.evaluation_report(report, None, tokenizer)
+    PageCheck(html)
+    assert "1 of 3 answers differ from plain decoding" in html
+    titles = [
+        html.index(title)
+        for title in (
+            "2.00 tokens per forward, not what plain decoding gives",
+            "1.00 tokens per forward:",
+            "3.00 tokens per forward:",
+        )
+    ]
+    assert titles == sorted(titles)
+
+
+def test_an_answer_whose_tokens_are_uncertain_is_left_unmarked(tokenizer) -> None:
+    html = draft_reports.evaluation_report(
+        evaluated((answer("It is red.", (2, 2, 2), 40),)), None, tokenizer
+    )
+    assert PageCheck(html).marked == []
+    assert "It is red." in html
+
+
+def outcome(**changes: object) -> RegisteredDraft:
+    kept = RegisteredDraft(
+        registered=True,
+        model_name="draft",
+        version="12",
+        is_champion=True,
+        is_new=True,
+        decision="accept length 2.5 beats 2.2",
+        tracking_uri="sqlite:///x.db",
+        summary="registered     <script>",
+    )
+    return kept.model_copy(update=changes)
+
+
+@pytest.fixture
+def candidate(target: TargetSpec) -> Candidate:
+    return Candidate(
+        draft_dir=Path("draft"),
+        target=target,
+        manifest=MANIFEST,
+        training=SUMMARY,
+        report=evaluated((answer("It.", (), 1),)),
+        step_metrics=Path("metrics.jsonl"),
+        stage_s={"prepare": 1.0, "train": 90_000.0},
+        cost=Cost(gpu_hours=1.25, num_gpus=8, num_workers=8, num_tokens=24_000, wall_s=31.0),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "Registered as version 12, the new champion: accept"),
+        ({"is_champion": False}, "Registered as version 12; the champion stays: accept"),
+        ({"is_new": False}, "Already registered as version 12, with this very content: accept"),
+        ({"registered": False, "version": ""}, "Not registered: accept"),
+    ],
+)
+def test_the_registration_report_says_what_became_of_the_draft(
+    candidate: Candidate, changes: dict[str, object], expected: str
+) -> None:
+    html = reports.registration_report(outcome(**changes), candidate, run_in(Path("data")))
+    PageCheck(html)
+    assert expected in html
+    assert ('class="decision bad"' in html) == expected.startswith("Not")
+
+
+def test_the_registration_report_shows_each_condition_of_the_gate_with_cost_and_lineage(
+    candidate: Candidate,
+) -> None:
+    champion = candidate.report.model_copy(update={"accept_length": 2.75})
+    compared = dataclasses.replace(candidate, champion_report=champion)
+    html = reports.registration_report(outcome(), compared, run_in(Path("data")))
+    words = " ".join(unescape(re.sub("<[^>]*>", " ", html)).split())
+    assert "accept length at least 1 2.500 ✓ met" in words
+    assert "the same, to be champion above the champion's 2.750 2.500 ✗ not met" in words
+    assert "train 25.0 h" in words
+    assert "GPU-hours 1.25 on 8 GPUs" in words
+    assert "training run c0ffee" in words
+
+
+def test_the_registration_report_escapes_what_it_quotes(candidate: Candidate) -> None:
+    quoted = outcome(model_name="<b>draft</b>", decision="1.2 is 0.8 below <2.0>")
+    html = reports.registration_report(quoted, candidate, run_in(Path("data")))
+    PageCheck(html)
+    assert "0.8 below &lt;2.0&gt;" in html
+    assert "<script>" not in html
+
+
+def test_the_failure_report_begins_with_the_error_and_says_what_a_relaunch_finds() -> None:
+    trace = "Traceback:\n  line <1>\n\nStoreFullError: no room: raise <transfer.segment_bytes>\n"
+    html = failure_report("n3", trace, ["run c0ffee is unfinished"], ["/data/datasets/.half"])
+    PageCheck(html)
+    told = (
+        "raise &lt;transfer.segment_bytes&gt;",
+        "run c0ffee",
+        "/data/datasets/.half",
+        "Traceback",
+    )
+    places = [html.index(text) for text in told]
+    assert places == sorted(places)
+    assert "In full" not in failure_report("n0", "no file", [], [])
