@@ -58,8 +58,7 @@ def judge_draft(
         champion = _champion_report(run, data, Path(draft.draft.download()), report)
         gate = judge(run, candidate_of(data, provisioned, draft, evaluation, champion))
         tell(gate.reason)
-        if champion is not None:  # else the evaluation's own report says it all
-            _publish(run, data, report, champion)
+        _publish(run, data, report, champion)
         verdict = Verdict(reason=gate.reason, champion_report=champion)
         return Judged(verdict, gate.passed)
 
@@ -89,7 +88,10 @@ def candidate_of(
     )
 
 
-def _publish(run: RunInput, data: PreparedData, report: EvalReport, champion: EvalReport) -> None:
+def _publish(
+    run: RunInput, data: PreparedData, report: EvalReport, champion: EvalReport | None
+) -> None:
+    """Beside this run, too, where the evaluation itself was found in Flyte's cache."""
     from tasks import draft_reports, reports
     from torchspec_lib.data.chat import ChatTokenizer
 

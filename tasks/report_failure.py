@@ -4,9 +4,10 @@ import shutil
 import time
 from pathlib import Path
 
-from flytekit import task
+from flytekit import Deck, task
 from flytekit.types.error.error import FlyteError
 
+from tasks.failure_page import failure_report
 from tasks.resources import CPU_IMAGE, POD_TEMPLATE, SHORT, TINY
 from tasks.run_input import RunInput
 from tasks.stage import is_local, stage, tell
@@ -15,7 +16,14 @@ ABANDONED_S = 3600.0
 """A folder under construction that nobody has touched for so long."""
 
 
-@task(container_image=CPU_IMAGE, requests=TINY, pod_template_name=POD_TEMPLATE, timeout=SHORT)
+@task(
+    container_image=CPU_IMAGE,
+    requests=TINY,
+    pod_template_name=POD_TEMPLATE,
+    timeout=SHORT,
+    enable_deck=True,
+    deck_fields=(),
+)
 def report_failure(run: RunInput, err: FlyteError | None = None) -> None:
     """Say where it failed and what a relaunch goes on from; remove half-made folders.
 
@@ -29,11 +37,14 @@ def report_failure(run: RunInput, err: FlyteError | None = None) -> None:
     with stage("report_failure"):
         if err is not None and not is_local():  # a terminal shows it anyway
             tell(f"failed at node {err.failed_node_id}: {err.message}")
-        for folder in abandoned(run.data_path):
+        removed, unfinished = abandoned(run.data_path), unfinished_runs(run.data_path)
+        for folder in removed:
             shutil.rmtree(folder)
             tell(f"removed {folder}, which was never finished")
-        for line in unfinished_runs(run.data_path):
+        for line in unfinished:
             tell(line)
+        node, message = (err.failed_node_id, err.message) if err is not None else ("unknown", "")
+        Deck("failure", failure_report(node, message, unfinished, list(map(str, removed))))
 
 
 def abandoned(data_root: Path) -> list[Path]:
