@@ -59,7 +59,7 @@ def _flip_a_bit(file):
 
 DAMAGES = {
     "truncated": (_truncate, "has .* bytes instead of|can't be read"),
-    "flipped": (_flip_a_bit, "has other content than was written"),
+    "flipped": (_flip_a_bit, "has other content than was written|can't be read"),
     "deleted": (Path.unlink, "is missing|can't be read"),
 }
 
