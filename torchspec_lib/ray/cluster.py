@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 FORWARDED_ENV = (
     "NCCL_*",
+    "NVSHMEM_*",
+    "TORCH_SYMM_MEM_*",
     "GLOO_SOCKET_IFNAME",
     "TP_SOCKET_IFNAME",
     "HF_*",

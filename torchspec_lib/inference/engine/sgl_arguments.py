@@ -46,6 +46,7 @@ def engine_arguments(run: RunConfig, target: TargetSpec, part: Part) -> dict[str
         "disable_radix_cache": True,
         "disable_cuda_graph": True,
         "disable_overlap_schedule": True,
+        "sleep_on_idle": True,  # else its idle loop keeps our threads from storing
         "grammar_backend": "none",
         "tp_size": run.inference.num_gpus_per_engine,
         "nnodes": sglang.nnodes,
