@@ -14,7 +14,7 @@ from tasks.resources import (
 from tasks.run_input import RunInput
 from tasks.stage import stage
 
-CACHE_VERSION = "1"
+CACHE_VERSION = "2"
 """Raise it when ``PreparedData`` changes; what the data depend on is in the key."""
 
 
@@ -22,22 +22,26 @@ CACHE_VERSION = "1"
     container_image=CPU_IMAGE,
     requests=DATA_PREPARATION,
     pod_template_name=POD_TEMPLATE,
-    cache=Cache(version=CACHE_VERSION, ignored_inputs=("run",), serialize=True),
+    cache=Cache(version=CACHE_VERSION, ignored_inputs=("run", "answers"), serialize=True),
     retries=RETRIES,
     timeout=PREPARATION_TIMEOUT,
     enable_deck=True,
     deck_fields=(),
 )
-def prepare_data(run: RunInput, key: str) -> PreparedData:  # noqa: ARG001 - the cache's key
+def prepare_data(
+    run: RunInput,
+    key: str,  # noqa: ARG001 - the cache's key
+    answers: str = "",  # noqa: ARG001 - what it waits for
+) -> PreparedData:
     """Tokenize the conversations, or find them prepared.
 
     Args:
         run: What to prepare. Flyte's cache would know the conversations by their path.
         key: ``CheckedRun.data_key``, which knows them by their content.
+        answers: The id of the target's own answers, if these are trained on.
     """
     with stage("prepare_data") as watch:
         from tasks import reports
-        from torchspec_lib.data.chat import ChatTokenizer
         from torchspec_lib.data.dataset import prepare_dataset
         from torchspec_lib.target import read_target
 
@@ -46,7 +50,5 @@ def prepare_data(run: RunInput, key: str) -> PreparedData:  # noqa: ARG001 - the
         data = PreparedData(
             target=target, manifest=manifest, folder=FlyteDirectory(str(folder)), wall_s=0.0
         )
-        tokenizer = ChatTokenizer.load(target.path, run.model.trust_remote_code).tokenizer
-        page = reports.data_report(manifest, folder, tokenizer)
-        reports.publish("data", page, data.run_folder(run))
+        reports.publish_data(run, target, manifest, folder)
         return data.model_copy(update={"wall_s": watch.elapsed_s})

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from torchspec_lib.data.chat import ChatTokenizer
 from torchspec_lib.data.conversations import Message
@@ -76,7 +76,7 @@ def make_tokenizer(template=CHATML, cut_words=True, trim_offsets=False, texts=TE
 def supervised(template, messages, **options):
     """What the mask selects, decoded run by run."""
     tokenizer = make_tokenizer(template, **options)
-    token_ids, mask = ChatTokenizer(tokenizer).encode(messages, "chats.jsonl:1")
+    token_ids, mask, _ = ChatTokenizer(tokenizer).encode(messages, "chats.jsonl:1")
     cuts = np.flatnonzero(np.diff(mask)) + 1
     runs = zip(np.split(token_ids, cuts), np.split(mask, cuts), strict=True)
     return [tokenizer.decode(ids) for ids, run in runs if run[0]]
@@ -94,9 +94,9 @@ def test_supervised_are_the_answers_and_their_end_of_turn_and_nothing_else(templ
     ]
 
 
-def test_a_blank_between_answer_and_end_of_turn_is_supervised_with_it():
+def test_blanks_that_the_target_generates_around_an_answer_are_supervised_with_it():
     messages = [Message("user", "four"), Message("assistant", "3 is even")]
-    assert supervised(INST, messages) == ["3 is even <|im_end|>"]
+    assert supervised(INST, messages) == [" 3 is even <|im_end|>"]
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED_CONTENT])
@@ -119,7 +119,7 @@ def test_a_token_across_the_beginning_of_an_answer_is_not_supervised(trim_offset
     )
     tokenizer = make_tokenizer(template, trim_offsets=trim_offsets)
     messages = [Message("user", "four"), Message("assistant", "four is even")]
-    token_ids, mask = ChatTokenizer(tokenizer).encode(messages, "here")
+    token_ids, mask, _ = ChatTokenizer(tokenizer).encode(messages, "here")
     tokens = [tokenizer.decode([i]) for i in token_ids]
     first = int(mask.argmax())
     assert tokens[first - 1] == " four", "the answer's first word isn't merged with the blank"
@@ -173,7 +173,7 @@ def test_token_ids_are_those_of_the_tokenizers_own_chat_template():
 
 def test_a_prompt_ends_where_the_supervised_answer_begins():
     chat = ChatTokenizer(make_tokenizer())
-    token_ids, mask = chat.encode(CHAT, "here")
+    token_ids, mask, _ = chat.encode(CHAT, "here")
     prompt = chat.prompt_ids(CHAT[:-1], "here")
     assert token_ids[: len(prompt)].tolist() == prompt.tolist()
     assert not mask[len(prompt) - 1]
@@ -183,7 +183,7 @@ def test_a_prompt_ends_where_the_supervised_answer_begins():
 def test_a_template_that_tells_the_date_gives_the_same_tokens_every_day():
     template = "Today: {{ strftime_now('%d %b %Y') }}\n" + CHATML
     tokenizer = make_tokenizer(template)
-    token_ids, _ = ChatTokenizer(tokenizer).encode(CHAT, "here")
+    token_ids, _, _ = ChatTokenizer(tokenizer).encode(CHAT, "here")
     assert tokenizer.decode(token_ids).startswith("Today: 01 Jan 2025\n")
 
 
@@ -213,8 +213,3 @@ def test_a_conversation_that_the_template_refuses_is_named_with_the_templates_re
 def test_a_tokenizer_without_a_chat_template_is_refused():
     with pytest.raises(ConfigError, match=r"model\.target: .* no default chat template"):
         ChatTokenizer(make_tokenizer(template=None))
-
-
-def test_a_tokenizer_without_offsets_is_refused():
-    with pytest.raises(ConfigError, match=r"model\.target: .* not a fast one"):
-        ChatTokenizer(ByT5Tokenizer())

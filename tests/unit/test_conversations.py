@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from torchspec_lib.data.conversations import Message, open_source
+from torchspec_lib.data.messages import ToolCall
 from torchspec_lib.errors import ConfigError, DataError
 
 OPENAI = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
@@ -72,7 +73,8 @@ def test_a_broken_array_is_named_by_its_line(tmp_path):
     ("row", "problem"),
     [
         ([1, 2], "is a list, not an object"),
-        ({"prompt": "hi"}, r"neither a list 'messages' .* \(its keys: prompt\)"),
+        ({"text": "hi"}, r"neither a list 'messages' .* \(its keys: text\)"),
+        ({"prompt": "hi"}, "has no assistant turn .* regeneration.enabled"),
         ({}, "its keys: none"),
         ({"messages": "hi"}, "neither a list"),
         ({"messages": []}, "neither a list|no assistant turn"),
@@ -90,7 +92,30 @@ def test_a_broken_array_is_named_by_its_line(tmp_path):
             {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
             "content that is no text",
         ),
-        ({"messages": [{**OPENAI[1], "tool_calls": [{"id": 1}]}]}, "carries 'tool_calls'"),
+        (
+            {"messages": [{**OPENAI[1], "tool_calls": [{"id": "1"}]}]},
+            "message 0, tool call 0: names no function",
+        ),
+        (
+            {
+                "messages": [
+                    {**OPENAI[1], "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}
+                ]
+            },
+            "message 0, tool call 0, arguments: is not valid JSON",
+        ),
+        (
+            {"messages": [{**OPENAI[1], "tool_calls": [{"name": "f", "arguments": "[1]"}]}]},
+            "message 0, tool call 0: has arguments that are no object",
+        ),
+        ({"messages": [{**OPENAI[1], "function_call": {"name": "f"}}]}, "carries 'function_call'"),
+        ({"messages": [{"from": "function_call", "value": "f("}]}, "message 0.*not valid JSON"),
+        ({"messages": [{"from": "function_call", "value": ""}]}, "message 0: has no content"),
+        ({"messages": [{**OPENAI[1], "tool_calls": 3}]}, "message 0: .* that are no list"),
+        ({"messages": OPENAI, "system": 3}, "system: has content that is no text"),
+        ({"messages": OPENAI, "tools": "{}{"}, "tools: is not valid JSON"),
+        ({"messages": OPENAI, "tools": {"name": "f"}}, "'tools' that are no list"),
+        ({"messages": [{"role": "system", "content": "Be brief."}]}, "no message of a user"),
         ({"messages": OPENAI[:1]}, "has no assistant turn"),
     ],
 )
@@ -107,6 +132,89 @@ def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path):
         read(path)
 
 
+def test_raw_prompts_are_conversations_for_whoever_needs_no_answer(tmp_path):
+    path = write_lines(tmp_path / "raw.jsonl", {"prompt": "2 + 2?"}, {"messages": OPENAI[:1]})
+    source = open_source(str(path), "train", "data.train[0]")
+    assert [c.messages for c in source.conversations(answered=False)] == [MESSAGES[:1]] * 2
+
+
+CALL = {"id": "call_1", "type": "function"}
+TOOL_CHAT = [
+    {
+        "role": "user",
+        "content": [{"type": "text", "text": "Is it "}, {"type": "text", "text": "warm?"}],
+    },
+    {
+        "role": "assistant",
+        "content": None,
+        "thinking": "Let me look.",
+        "tool_calls": [{**CALL, "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}],
+    },
+    {"role": "tool", "tool_call_id": "call_1", "name": "weather", "content": "30"},
+    {"role": "assistant", "content": "Yes.", "reasoning_content": "30 is warm."},
+]
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+@pytest.mark.parametrize("as_text", [False, True])
+def test_tools_their_calls_and_results_and_reasoning_are_read_and_written_back(
+    tmp_path, form, as_text
+):
+    row = {"messages": TOOL_CHAT, "tools": json.dumps(TOOLS) if as_text else TOOLS}
+    path = tmp_path / f"chats.{form}"
+    if form == "parquet":
+        row["messages"] = [{**m, "content": m["content"]} for m in TOOL_CHAT[1:]]
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    else:
+        write_lines(path, row)
+    (conversation,) = read(path)
+    *asked, call, result, answer = conversation.messages
+    assert [m.content for m in asked] == (["Is it warm?"] if form == "jsonl" else [])
+    assert call.tool_calls == (ToolCall("weather", {"city": "Rome"}, "call_1"),)
+    assert (call.content, call.reasoning) == ("", "Let me look.")
+    assert (result.role, result.content, result.tool_call_id) == ("tool", "30", "call_1")
+    assert (answer.content, answer.reasoning) == ("Yes.", "30 is warm.")
+    assert list(conversation.tools) == TOOLS
+    rows = [message.as_row() for message in conversation.messages]
+    again = write_lines(tmp_path / "again.jsonl", {"messages": rows, "tools": TOOLS})
+    assert read(again)[0].messages == conversation.messages
+
+
+def test_sharegpts_system_prompt_tools_and_calls_are_read(tmp_path):
+    call = json.dumps({"name": "weather", "arguments": {"city": "Rome"}})
+    row = {
+        "system": "Be brief.",
+        "tools": json.dumps(TOOLS),
+        "conversations": [
+            {"from": "human", "value": "Is it warm?"},
+            {"from": "function_call", "value": call},
+            {"from": "observation", "value": "30"},
+            {"from": "gpt", "value": "Yes."},
+        ],
+    }
+    (conversation,) = read(write_lines(tmp_path / "chats.jsonl", row))
+    assert conversation.messages == (
+        Message("system", "Be brief."),
+        Message("user", "Is it warm?"),
+        Message("assistant", "", tool_calls=(ToolCall("weather", {"city": "Rome"}),)),
+        Message("tool", "30"),
+        Message("assistant", "Yes."),
+    )
+    assert list(conversation.tools) == TOOLS
+
+
+def test_an_argument_that_parquet_fills_with_null_is_left_out(tmp_path):
+    calls = [
+        [{"function": {"name": "f", "arguments": {"a": 1}}}],
+        [{"function": {"name": "g", "arguments": {"b": 2}}}],
+    ]
+    turns = [OPENAI[0], *({"role": "assistant", "tool_calls": call} for call in calls)]
+    pq.write_table(pa.Table.from_pylist([{"messages": turns}]), tmp_path / "chats.parquet")
+    (conversation,) = read(tmp_path / "chats.parquet")
+    assert [m.tool_calls[0].arguments for m in conversation.messages[1:]] == [{"a": 1}, {"b": 2}]
+
+
 @pytest.mark.parametrize("name", ["empty.jsonl", "empty.json"])
 def test_a_file_without_conversations_is_refused(tmp_path, name):
     (tmp_path / name).write_text("\n")
@@ -121,8 +229,8 @@ def test_a_file_that_is_no_parquet_is_refused(tmp_path):
 
 
 def test_a_parquet_file_without_conversations_is_refused_with_its_columns(tmp_path):
-    pq.write_table(pa.table({"prompt": ["hi"]}), tmp_path / "chats.parquet")
-    with pytest.raises(DataError, match=r"chats.parquet row 1: .* \(its keys: prompt\)"):
+    pq.write_table(pa.table({"text": ["hi"]}), tmp_path / "chats.parquet")
+    with pytest.raises(DataError, match=r"chats.parquet row 1: .* \(its keys: text\)"):
         read(tmp_path / "chats.parquet")
 
 

@@ -18,20 +18,19 @@ from torchspec_lib.config.run import RunConfig
 from torchspec_lib.config.training import TrainingConfig
 from torchspec_lib.data.chat import ChatTokenizer
 from torchspec_lib.data.dataset import (
-    decoded_spans,
     load_draft_vocab,
     load_heldout,
     load_prompts,
     prepare_dataset,
-    summarize,
 )
+from torchspec_lib.data.summary import decoded_spans, summarize
 from torchspec_lib.errors import ConfigError, DataError
 from torchspec_lib.target import read_target
 
 VOCAB_SIZE = 320
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{{ mode }}{% endif %}"
 )
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny_target"
 
@@ -177,7 +176,13 @@ def test_changed_content_is_another_data_set(root, target, change):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"data__max_length": 255}, {"data__min_loss_tokens": 5}, {"draft__vocab_size": 300}],
+    [
+        {"data__max_length": 255},
+        {"data__min_loss_tokens": 5},
+        {"draft__vocab_size": 300},
+        {"data__last_turn_only": True},
+        {"data__chat_template_kwargs": {"mode": "brief"}},
+    ],
     ids=str,
 )
 def test_a_setting_that_the_content_depends_on_makes_another_data_set(root, target, changes):
@@ -243,6 +248,52 @@ def test_held_out_prompts_ask_for_the_last_answer(root, target):
     assert long_answer.text == chat(9)[0]["content"], "the answer's length doesn't matter"
     assert manifest.num_heldout == 3
     assert len({first.prompt_id, long_answer.prompt_id, last.prompt_id}) == 3
+
+
+def test_held_out_prompts_ask_as_the_target_is_served(root, target):
+    _, folder = prepare(make_run(root, target, data__chat_template_kwargs={"mode": "brief"}))
+    tokenizer = ChatTokenizer.load(str(target)).tokenizer
+    for prompt in load_heldout(folder):
+        assert tokenizer.decode(prompt.prompt_token_ids).endswith("<|assistant|>\nbrief")
+
+
+def test_a_setting_that_the_template_does_not_read_is_refused_with_nothing_left(root, target):
+    with pytest.raises(ConfigError, match=r"data\.chat_template_kwargs: .* doesn't read thinking"):
+        prepare(make_run(root, target, data__chat_template_kwargs={"thinking": False}))
+    assert folders(root) == []
+
+
+@pytest.mark.parametrize("last_turn_only", [False, True])
+def test_the_manifest_counts_the_turns_that_are_supervised_and_those_left_out(
+    root, target, last_turn_only
+):
+    write(root / "train.jsonl", [chat(1) + chat(2) + chat(3), chat(4), chat(5) + chat(6)[:1]])
+    manifest, folder = prepare(make_run(root, target, data__last_turn_only=last_turn_only))
+    tokenizer = ChatTokenizer.load(str(target)).tokenizer
+    texts = [
+        [text for text, is_supervised in decoded_spans(tokenizer, prompt) if is_supervised]
+        for prompt in load_prompts(folder)
+    ]
+    end = [f"{chat(number)[1]['content']}<|end|>" for number in range(6)]
+    if last_turn_only:
+        assert texts == [[end[3]], [end[4]], [end[5]]]
+        assert manifest.turns == {"supervised": 3, "left_out": 2}
+    else:
+        assert texts == [end[1:4], [end[4]], [end[5]]]
+        assert manifest.turns == {"supervised": 5}
+
+
+def test_tools_are_told_to_the_target_in_training_and_in_held_out_prompts(root, target):
+    template = target / "chat_template.jinja"
+    template.write_text("{{ tools | map(attribute='name') | join }}" + template.read_text())
+    tools = [{"name": "f"}, {"name": "g"}]
+    for name, number in (("train", 1), ("heldout", 2)):
+        row = {"messages": chat(number), "tools": tools}
+        (root / f"{name}.jsonl").write_text(json.dumps(row))
+    _, folder = prepare(make_run(root, target))
+    tokenizer = ChatTokenizer.load(str(target)).tokenizer
+    assert tokenizer.decode(load_prompts(folder)[0].token_ids).startswith("fg<|user|>")
+    assert tokenizer.decode(load_heldout(folder)[0].prompt_token_ids).startswith("fg<|user|>")
 
 
 def test_a_held_out_prompt_beyond_the_limit_is_counted(root, target):

@@ -15,6 +15,7 @@ from examples.tiny_target.make_target import (
     batches,
     build_model,
     rescale_residual,
+    unanswered,
     write_jsonl,
 )
 from examples.tiny_target.measure_target import greedy_answers
@@ -83,9 +84,11 @@ def test_every_arithmetic_answer_and_each_step_of_its_working_is_right(family, r
 def test_shipped_prompts_are_those_that_the_corpus_generates(tmp_path):
     heldout = corpus.heldout_conversations()
     train = corpus.conversations(corpus.TRAIN_SEED, corpus.questions(heldout))
-    write_jsonl(tmp_path / "train.jsonl", islice(train, corpus.NUM_TRAIN))
+    shipped = list(islice(train, corpus.NUM_TRAIN))
+    write_jsonl(tmp_path / "train.jsonl", shipped)
+    write_jsonl(tmp_path / "questions.jsonl", map(unanswered, shipped))
     write_jsonl(tmp_path / "heldout.jsonl", heldout)
-    for name in ("train.jsonl", "heldout.jsonl"):
+    for name in ("train.jsonl", "questions.jsonl", "heldout.jsonl"):
         assert (tmp_path / name).read_text() == (FOLDER / name).read_text()
 
 

@@ -2,9 +2,34 @@
 
 from typing import Annotated, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from torchspec_lib.config.settings import DType, Settings
+
+TEMPLATE_NAMES = frozenset(
+    {
+        *("messages", "tools", "documents", "conversations", "chat_template"),
+        *("add_generation_prompt", "continue_final_message", "return_assistant_tokens_mask"),
+        *("strftime_now", "bos_token", "eos_token", "pad_token", "unk_token"),
+    }
+)
+"""What a chat template is given anyway."""
+
+
+def _is_plain(value: object) -> object:
+    if not isinstance(value, bool | int | float | str):
+        raise ValueError("must be true, false, a number or a text")
+    return value
+
+
+TemplateValue = Annotated[bool | int | float | str, BeforeValidator(_is_plain)]
 
 
 class ModelConfig(Settings):
@@ -32,6 +57,21 @@ class DataConfig(Settings):
     """Fewest supervised tokens of a conversation worth training on."""
     max_prompts: PositiveInt | None = None
     """Train on the first so many usable conversations only."""
+    last_turn_only: bool = False
+    """Supervise only what follows the last user message: for reasoning models, whose templates
+    drop the reasoning of earlier turns."""
+    chat_template_kwargs: dict[str, TemplateValue] = Field(default_factory=dict)
+    """What the target is served with, such as ``enable_thinking: false``; its chat template sees
+    these names."""
+
+    @field_validator("chat_template_kwargs")
+    @classmethod
+    def _own_names_stay(cls, given: dict[str, TemplateValue]) -> dict[str, TemplateValue]:
+        if taken := sorted(TEMPLATE_NAMES & given.keys()):
+            raise ValueError(
+                f"can't set {', '.join(taken)}: the conversation and the tokenizer do. Remove it"
+            )
+        return given
 
 
 class DraftConfig(Settings):
@@ -48,6 +88,9 @@ class DraftConfig(Settings):
     """EAGLE-3.1: normalise every auxiliary state before they are joined."""
     norm_output: bool = False
     """EAGLE-3.1: the next depth reads the draft's state after the final norm."""
+    freeze_head: bool = False
+    """Keep the target's own rows as the draft's head, whatever ``training.continual_from`` brings.
+    It isn't trained then, and takes no memory for gradients and optimizer state."""
 
     @model_validator(mode="after")
     def _aux_layers_ascend(self) -> Self:

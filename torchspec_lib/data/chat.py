@@ -7,24 +7,18 @@ tokenized by itself, because merges across the cut would give other tokens.
 
 import copy
 import re
-from collections.abc import Sequence
-from datetime import datetime
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from torchspec_lib.data.conversations import Message
+from torchspec_lib.data.answers import answer_spans
+from torchspec_lib.data.messages import Message
+from torchspec_lib.data.template import ChatTemplate, Span, Tools
 from torchspec_lib.errors import ConfigError, DataError
-
-Span = tuple[int, int]
-"""Characters ``[begin, end)`` of the rendered text."""
-
-TEMPLATE_DATE = datetime(2025, 1, 1)
-"""What ``strftime_now`` tells a template: the same data must give the same tokens tomorrow."""
-REASONING_END = "</think>"
-"""Templates that know reasoning cut an answer here, and drop what is before it in old turns."""
-GENERATION_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class EncodedChat(NamedTuple):
@@ -34,39 +28,43 @@ class EncodedChat(NamedTuple):
     """[T]"""
     loss_mask: npt.NDArray[np.bool_]
     """[T], true for the assistant's text and the special token that ends its turn."""
+    turns: Counter[str]
+    """What is supervised, in turns: ``supervised``; of them ``with_reasoning``,
+    ``with_tool_calls`` and ``without_end_of_turn``. What isn't: turns that ``last_turn_only``
+    leaves out, ``left_out``, and turns whose reasoning isn't in it, ``reasoning_left_out``."""
 
 
 class ChatTokenizer:
-    """A fast tokenizer with its chat template.
+    """A tokenizer with its chat template.
 
-    A token is supervised when its first character lies in an assistant's answer, or when it is
-    the end-of-turn token behind one.
-
-    Raises:
-        ConfigError: The tokenizer has no offsets (isn't *fast*), or no chat template.
+    A token is supervised when its first character lies in what the assistant generated: its
+    reasoning, answer and tool calls, or when it is the end-of-turn token behind them.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
-        name = tokenizer.name_or_path or "the target"
-        if not tokenizer.is_fast:
-            raise ConfigError(
-                "model.target",
-                f"the tokenizer of {name} is not a fast one: it can't say which characters "
-                "a token stands for",
-                "Use a target with a tokenizer.json",
-            )
+    def __init__(
+        self,
+        tokenizer: Any,
+        template_settings: Mapping[str, Any] | None = None,
+        last_turn_only: bool = False,
+    ) -> None:
+        """See ``data.chat_template_kwargs`` and ``data.last_turn_only``.
+
+        Raises:
+            ConfigError: The tokenizer has no chat template, or it doesn't read a setting.
+        """
         try:
-            self._template: str = tokenizer.get_chat_template()
+            source: str = tokenizer.get_chat_template()
         except ValueError as error:
             raise ConfigError(
                 "model.target",
-                f"the tokenizer of {name} has no default chat template",
+                f"the tokenizer of {tokenizer.name_or_path or 'the target'} has no default chat "
+                "template",
                 "Use the target's instruction-tuned version, or put a chat_template.jinja beside "
                 "its tokenizer",
             ) from error
-        self.tokenizer = tokenizer
-        self._has_markers = GENERATION_MARKER.search(self._template) is not None
-        self._encoder = _untrimmed_encoder(tokenizer)
+        self.tokenizer, self._last_turn_only = tokenizer, last_turn_only
+        self._template = ChatTemplate(source, tokenizer.special_tokens_map, template_settings or {})
+        self._encoder = _untrimmed_encoder(tokenizer) if tokenizer.is_fast else None
         added = tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special}
         self._special = tuple(sorted(special | set(tokenizer.all_special_tokens)))
@@ -76,105 +74,49 @@ class ChatTokenizer:
         self._end_of_turn = _end_of_turn_pattern(self._special, tokenizer.eos_token)
 
     @classmethod
-    def load(cls, folder: str, trust_remote_code: bool = False) -> Self:
+    def load(
+        cls,
+        folder: str,
+        trust_remote_code: bool = False,
+        template_settings: Mapping[str, Any] | None = None,
+        last_turn_only: bool = False,
+    ) -> Self:
         """The tokenizer of a model's folder."""
         from transformers import AutoTokenizer
 
-        return cls(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code))
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        return cls(tokenizer, template_settings, last_turn_only)
 
-    def encode(self, messages: Sequence[Message], where: str) -> EncodedChat:
+    def encode(self, messages: Sequence[Message], where: str, tools: Tools = ()) -> EncodedChat:
         """Tokenize a conversation. ``where`` names it in errors.
 
         Raises:
             DataError: The template refuses it, or changes an answer beyond recognition.
         """
-        text, marked_spans = self._render(messages, where)
-        spans = marked_spans if self._has_markers else self._answer_spans(messages, text, where)
-        encoding = self._encoder.encode(text, add_special_tokens=False)
-        begins = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)[:, 0]
+        text, spans = self._template.text_and_marks(messages, tools, where)
+        if not self._template.has_markers:
+            spans = answer_spans(self._template, messages, tools, text, where)
+        spans = [(begin, self._turn_end(text, begin, end)) for begin, end in spans]
+        first = self._last_turn(messages, tools, text, where) if self._last_turn_only else 0
+        num_turns, spans = len(spans), [span for span in spans if span[0] >= first]
+        ids, begins = self._tokens(text, spans, where)
         loss_mask = np.zeros(len(begins), dtype=np.bool_)
         for begin, end in spans:
-            loss_mask |= (begins >= begin) & (begins < self._turn_end(text, begin, end))
-        return EncodedChat(np.array(encoding.ids, dtype=np.int32), loss_mask)
+            loss_mask |= (begins >= begin) & (begins < end)
+        turns = self._count_turns(messages, [text[begin:end] for begin, end in spans])
+        turns["left_out"] = num_turns - len(spans)
+        return EncodedChat(np.array(ids, dtype=np.int32), loss_mask, +turns)
 
-    def prompt_ids(self, messages: Sequence[Message], where: str) -> npt.NDArray[np.int32]:
+    def prompt_ids(
+        self, messages: Sequence[Message], where: str, tools: Tools = ()
+    ) -> npt.NDArray[np.int32]:
         """Token ids that ask the target for its answer to ``messages``.
 
         Raises:
             DataError: The template refuses them.
         """
-        text, _ = self._render(messages, where, add_generation_prompt=True)
-        return np.array(self._encoder.encode(text, add_special_tokens=False).ids, dtype=np.int32)
-
-    def _render(
-        self, messages: Sequence[Message], where: str, add_generation_prompt: bool = False
-    ) -> tuple[str, list[Span]]:
-        """The text, and what the template itself marks as generated."""
-        from jinja2.exceptions import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        try:
-            rendered: Any = render_jinja_template(
-                conversations=[[{"role": m.role, "content": m.content} for m in messages]],
-                chat_template=self._template,
-                return_assistant_tokens_mask=self._has_markers,
-                add_generation_prompt=add_generation_prompt,
-                strftime_now=TEMPLATE_DATE.strftime,
-                **self.tokenizer.special_tokens_map,
-            )
-        except TemplateError as error:
-            raise DataError(
-                where,
-                f"the target's chat template refuses it: {error}",
-                "Change its roles or their order, or remove it",
-            ) from error
-        texts, spans = rendered
-        return texts[0], spans[0] if spans else []
-
-    def _answer_spans(self, messages: Sequence[Message], text: str, where: str) -> list[Span]:
-        """Where the answers lie in ``text``: rendered again with a mark at both of their ends.
-
-        Without its marks the second text must equal the first. A template that strips answers
-        would stop doing so at a mark, hence the second try with the marks inside the blanks.
-        """
-        left, right = _absent_characters(text)
-        num_answers = sum(message.role == "assistant" for message in messages)
-        for outside_blanks in (True, False):
-            marked, _ = self._render(
-                [_mark(message, left, right, outside_blanks) for message in messages], where
-            )
-            found = list(re.finditer(f"{left}([^{right}]*){right}", marked))
-            is_same = marked.replace(left, "").replace(right, "") == text
-            if is_same and len(found) == num_answers:
-                break
-        else:
-            raise DataError(
-                where,
-                "the target's chat template changes the text of an answer, or leaves one out, so "
-                "that what to train on can't be told",
-                "Put {% generation %} around the answer in the template, or remove it",
-            )
-        answers = [
-            (match.start() - 2 * i, match.start() - 2 * i + len(match[1]))
-            for i, match in enumerate(found)
-        ]
-        turns = [i for i, message in enumerate(messages) if message.role == "assistant"]
-        return [
-            self._with_reasoning(messages[: turn + 1], text, span, where)
-            for turn, span in zip(turns, answers, strict=True)
-        ]
-
-    def _with_reasoning(
-        self, messages: Sequence[Message], text: str, answer: Span, where: str
-    ) -> Span:
-        """Widen the last message's span by its reasoning, if the template has kept that."""
-        content = messages[-1].content
-        if REASONING_END not in content:
-            return answer
-        prompt, _ = self._render(messages[:-1], where, add_generation_prompt=True)
-        generated = text[len(prompt) : answer[1]]
-        is_own_text = "".join(content.split()).endswith("".join(generated.split()))
-        return (len(prompt), answer[1]) if text.startswith(prompt) and is_own_text else answer
+        text = self._template.text(messages, tools, where, ask=True)
+        return np.array(self._ids(text), dtype=np.int32)
 
     def _turn_end(self, text: str, begin: int, end: int) -> int:
         """Where the turn of an answer at ``[begin, end)`` ends, its end-of-turn token included.
@@ -183,10 +125,71 @@ class ChatTokenizer:
         are put right, so that every draft learns to stop and none to go on after it.
         """
         answer = text[begin:end].rstrip()
-        if answer.endswith(self._special):
-            return begin + len(answer)
         behind = self._end_of_turn.match(text, end)
-        return behind.end() if behind else end
+        if not answer.endswith(self._special):
+            return behind.end() if behind else end
+        # A marked tool call may end with a special token of its own, before the turn's.
+        if behind and not answer.endswith(behind[0]) and text.rstrip().endswith(behind[0]):
+            return behind.end()
+        return begin + len(answer)
+
+    def _last_turn(self, messages: Sequence[Message], tools: Tools, text: str, where: str) -> int:
+        """Where in ``text`` the last user message that was answered ends."""
+        roles = [message.role for message in messages]
+        answer = max(i for i, role in enumerate(roles) if role == "assistant")
+        last = max((i for i, role in enumerate(roles[:answer]) if role == "user"), default=-1)
+        if last < 0:
+            return 0
+        asked = self._template.text(messages[: last + 1], tools, where)
+        if not text.startswith(asked):
+            raise DataError(
+                where,
+                "the target's chat template writes the last user message differently once it is "
+                "answered, so that the last turn can't be told",
+                "Set data.last_turn_only to false, or remove it",
+            )
+        return len(asked)
+
+    def _tokens(
+        self, text: str, spans: Sequence[Span], where: str
+    ) -> tuple[Sequence[int], npt.NDArray[np.int64]]:
+        """Ids of ``text``, and the character that each token begins at."""
+        if self._encoder is not None:
+            encoding = self._encoder.encode(text, add_special_tokens=False)
+            offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+            return encoding.ids, offsets[:, 0]
+        # A slow tokenizer has no offsets. Cut at the spans it must give the same tokens.
+        cuts = sorted({0, *(end for span in spans for end in span), len(text)})
+        pieces = [self._ids(text[begin:end]) for begin, end in pairwise(cuts)]
+        ids = self._ids(text)
+        if [token for piece in pieces for token in piece] != ids:
+            raise DataError(
+                where,
+                "a token reaches across the beginning or the end of an answer, and the target's "
+                "tokenizer, not being a fast one, can't say which",
+                "Use a target with a tokenizer.json, or remove it",
+            )
+        begins = [np.full(len(p), begin) for p, begin in zip(pieces, cuts, strict=False)]
+        return ids, np.concatenate(begins).astype(np.int64)
+
+    def _ids(self, text: str) -> list[int]:
+        if self._encoder is not None:
+            ids: list[int] = self._encoder.encode(text, add_special_tokens=False).ids
+        else:
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def _count_turns(self, messages: Sequence[Message], supervised: Sequence[str]) -> Counter[str]:
+        everything = "".join(supervised)
+        turns = Counter(supervised=len(supervised))
+        for message in messages:
+            if message.thought:
+                is_in = message.thought in everything
+                turns["with_reasoning" if is_in else "reasoning_left_out"] += 1
+            if message.tool_calls and message.tool_calls[0].name in everything:
+                turns["with_tool_calls"] += 1
+        turns["without_end_of_turn"] = sum(not t.endswith(self._special) for t in supervised)
+        return turns
 
 
 def _untrimmed_encoder(tokenizer: Any) -> Any:
@@ -207,23 +210,3 @@ def _end_of_turn_pattern(special: Sequence[str], eos: str | None) -> re.Pattern[
     """Matches any special token, or blanks and the end-of-sequence token behind them."""
     options = [re.escape(token) for token in sorted(special, key=len, reverse=True)]
     return re.compile("|".join([*options, rf"\s+{re.escape(eos)}"] if eos else options))
-
-
-def _absent_characters(text: str) -> tuple[str, str]:
-    """Two characters of the private-use area that ``text`` doesn't hold."""
-    present = set(text)
-    absent = (c for c in map(chr, range(0xE000, 0xF900)) if c not in present)
-    return next(absent), next(absent)
-
-
-def _mark(message: Message, left: str, right: str, outside_blanks: bool) -> Message:
-    """Put ``left`` and ``right`` around an assistant's answer, behind its reasoning."""
-    if message.role != "assistant":
-        return message
-    reasoning, cut, answer = message.content.rpartition(REASONING_END)
-    if outside_blanks:
-        return Message("assistant", f"{reasoning}{cut}{left}{answer}{right}")
-    body = answer.strip()
-    start = answer.index(body)
-    tail = answer[start + len(body) :]
-    return Message("assistant", f"{reasoning}{cut}{answer[:start]}{left}{body}{right}{tail}")

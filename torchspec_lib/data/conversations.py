@@ -6,7 +6,7 @@ refused before anything is loaded.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,34 +15,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from torchspec_lib.config.settings import find_path
+from torchspec_lib.data.messages import Message, parse_message, parse_tools
 from torchspec_lib.errors import ConfigError, DataError
 
 Rows = Iterator[tuple[str, Any]]
 """Where a row stands, ``prompts.jsonl:17``, and what stands there."""
 
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-}
-"""Role names of OpenAI's and ShareGPT's forms."""
-UNSUPPORTED_FIELDS = ("tool_calls", "function_call", "reasoning_content")
-"""Parts of an answer outside its text: left out unseen, a draft would be trained on a rest."""
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    """What one side said: ``Message("user", "What is 2 + 2?")``."""
-
-    role: str
-    content: str
-
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages with at least one of the assistant's.
+    """Messages that end with an answer, or that ask for one.
 
     Example:
         ``Conversation("prompts.jsonl:17", (Message("user", "Hi"), Message("assistant", "Hello")),
@@ -54,6 +36,14 @@ class Conversation:
     messages: tuple[Message, ...]
     source_id: str | None
     """The row's own ``id``, where it has one."""
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """JSON schemas of what the assistant may call."""
+    category: str | None = None
+    """The row's own ``category``, as benchmarks have one."""
+
+    @property
+    def is_answered(self) -> bool:
+        return any(message.role == "assistant" for message in self.messages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +65,8 @@ class Source:
         with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    def conversations(self) -> Iterator[Conversation]:
-        """All conversations, in order.
+    def conversations(self, answered: bool = True) -> Iterator[Conversation]:
+        """All conversations, in order; if ``answered``, each must have an answer of its own.
 
         Raises:
             DataError: A row is no conversation, or there is none at all.
@@ -84,7 +74,7 @@ class Source:
         is_empty = True
         for where, row in self._rows():
             is_empty = False
-            yield _parse(row, where)
+            yield _parse(row, where, answered)
         if is_empty:
             raise DataError(self.name, "holds no conversation", "Add some, or leave it out")
 
@@ -203,12 +193,12 @@ def _read_hub(name: str, split: str, revision: str) -> Rows:
         yield f"{name}[{split}] row {number}", row
 
 
-def _parse(row: Any, where: str) -> Conversation:
+def _parse(row: Any, where: str, answered: bool) -> Conversation:
     if not isinstance(row, dict):
         raise DataError(
             where, f"is a {type(row).__name__}, not an object", 'Write {"messages": [...]}'
         )
-    turns = row.get("messages") or row.get("conversations")
+    turns = row.get("messages") or row.get("conversations") or _as_turns(row)
     if not isinstance(turns, list):
         raise DataError(
             where,
@@ -216,33 +206,31 @@ def _parse(row: Any, where: str) -> Conversation:
             f" (its keys: {', '.join(row) or 'none'})",
             'Write {"messages": [{"role": "user", "content": "..."}, ...]}',
         )
-    messages = tuple(_parse_message(turn, f"{where}, message {i}") for i, turn in enumerate(turns))
-    if not any(message.role == "assistant" for message in messages):
-        raise DataError(where, "has no assistant turn to learn from", "Add one, or remove the row")
+    messages = tuple(parse_message(turn, f"{where}, message {i}") for i, turn in enumerate(turns))
+    if row.get("system"):  # ShareGPT has it beside the messages
+        system = parse_message({"role": "system", "content": row["system"]}, f"{where}, system")
+        messages = (system, *messages)
     source_id = row.get("id")
-    return Conversation(where, messages, None if source_id is None else str(source_id))
-
-
-def _parse_message(turn: Any, where: str) -> Message:
-    if not isinstance(turn, dict):
+    conversation = Conversation(
+        where,
+        messages,
+        None if source_id is None else str(source_id),
+        parse_tools(row.get("tools"), where),
+        None if row.get("category") is None else str(row["category"]),
+    )
+    if not any(message.role in ("user", "assistant") for message in messages):
+        raise DataError(where, "holds no message of a user", "Add one, or remove the row")
+    if answered and not conversation.is_answered:
         raise DataError(
             where,
-            f"is a {type(turn).__name__}, not an object",
-            'Write {"role": "user", "content": "..."}',
+            "has no assistant turn to learn from",
+            "Add one, remove the row, or have the target answer: regeneration.enabled",
         )
-    name = turn.get("role") or turn.get("from")
-    role = ROLES.get(name) if isinstance(name, str) else None
-    if role is None:
-        raise DataError(where, f"has the unknown role {name!r}", f"Use one of {', '.join(ROLES)}")
-    for field in UNSUPPORTED_FIELDS:
-        if turn.get(field):
-            raise DataError(
-                where, f"carries {field!r}, which isn't supported", "Put it into the content"
-            )
-    content = turn.get("content") or turn.get("value")
-    if not isinstance(content, str) or not content.strip():
-        kind = (
-            "no content" if not content or isinstance(content, str) else "content that is no text"
-        )
-        raise DataError(where, f"has {kind}", "Fill it in, or remove the conversation")
-    return Message(role, content)
+    return conversation
+
+
+def _as_turns(row: dict[str, Any]) -> Any:
+    """The messages of a raw ``prompt``, or the first of the questions in ``turns``."""
+    turns = row.get("turns")
+    prompt = turns[0] if isinstance(turns, list) and turns else row.get("prompt")
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else None

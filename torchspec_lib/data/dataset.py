@@ -14,12 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
@@ -33,9 +32,6 @@ from torchspec_lib.errors import ConfigError, DataError
 from torchspec_lib.results import DatasetManifest
 from torchspec_lib.target import TargetSpec
 from torchspec_lib.types import Prompt
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 MANIFEST, VOCAB = "manifest.json", "vocab.json"
 PROMPTS, HELDOUT = "prompts.parquet", "heldout.parquet"
@@ -84,6 +80,7 @@ def prepare_dataset(run: RunConfig, target: TargetSpec) -> tuple[DatasetManifest
     dataset_id = sources.dataset_id(run, target)
     folder = run.data_path / "datasets" / dataset_id
     if not (folder / MANIFEST).is_file():
+        sources = sources.answered(run, target)
         sources.check_files()
         staging = folder.with_name(f".{dataset_id}-{os.getpid()}-{secrets.token_hex(4)}")
         staging.mkdir(parents=True)
@@ -173,53 +170,17 @@ def load_draft_vocab(folder: Path) -> npt.NDArray[np.int64] | None:
     return np.array(json.loads(path.read_text())["draft_to_target"], dtype=np.int64)
 
 
-def summarize(folder: Path) -> "pd.DataFrame":
-    """How the prompts are spread: count, mean, deviation and quantiles of what each one has.
-
-    Returns:
-        Columns ``num_tokens``, ``num_loss_tokens`` and, for a pruned draft vocabulary,
-        ``vocab_coverage``: the share of a prompt's supervised tokens that lie in it.
-    """
-    import pandas as pd
-
-    draft_vocab = load_draft_vocab(folder)
-    parts = []
-    with pq.ParquetFile(folder / PROMPTS, memory_map=True) as file:
-        for group in range(file.num_row_groups):
-            table = file.read_row_group(group)
-            lengths = table["num_tokens"].to_numpy()
-            begins = np.cumsum(lengths) - lengths
-            mask = pc.list_flatten(table["loss_mask"]).to_numpy()
-            num_loss_tokens = np.add.reduceat(mask.astype(np.int64), begins)
-            part = {"num_tokens": lengths, "num_loss_tokens": num_loss_tokens}
-            if draft_vocab is not None:
-                is_in = np.isin(pc.list_flatten(table["token_ids"]).to_numpy(), draft_vocab)
-                covered = np.add.reduceat((mask & is_in).astype(np.int64), begins)
-                part["vocab_coverage"] = covered / num_loss_tokens
-            parts.append(pd.DataFrame(part))
-    return pd.concat(parts).describe(percentiles=[0.05, 0.25, 0.5, 0.75, 0.95])
-
-
-def decoded_spans(tokenizer: Any, prompt: Prompt) -> list[tuple[str, bool]]:
-    """A prompt as text, cut where supervision begins and ends: (text, is supervised)."""
-    cuts = np.flatnonzero(np.diff(prompt.loss_mask)) + 1
-    begins = [0, *cuts.tolist()]
-    ends = [*cuts.tolist(), prompt.num_tokens]
-    return [
-        (
-            tokenizer.decode(prompt.token_ids[begin:end], clean_up_tokenization_spaces=False),
-            bool(prompt.loss_mask[begin]),
-        )
-        for begin, end in zip(begins, ends, strict=True)
-    ]
-
-
 def _write(
     folder: Path, run: RunConfig, target: TargetSpec, sources: Sources, dataset_id: str
 ) -> None:
-    chat = ChatTokenizer.load(target.path, run.model.trust_remote_code)
+    chat = ChatTokenizer.load(
+        target.path,
+        run.model.trust_remote_code,
+        run.data.chat_template_kwargs,
+        run.data.last_turn_only,
+    )
     selection = Selection(chat, run.data, target.vocab_size)
-    heldout = selection.heldout(_read(sources.heldout, "held-out"))
+    heldout = selection.heldout(_read(sources.heldout, "held-out", answered=False))
     num_heldout = _write_rows(folder / HELDOUT, HELDOUT_SCHEMA, map(_heldout_row, heldout))
     prompts = islice(selection.prompts(_read(sources.train, "train")), run.data.max_prompts)
     num_prompts = _write_rows(folder / PROMPTS, PROMPT_SCHEMA, map(_prompt_row, prompts))
@@ -239,6 +200,7 @@ def _write(
         num_tokens=selection.num_tokens,
         num_loss_tokens=int(selection.token_counts.sum()),
         longest=selection.longest,
+        turns=dict(selection.turns),
         rejected=dict(sorted(selection.rejected.items())),
         draft_vocab_size=run.draft.vocab_size or target.vocab_size,
         vocab_coverage=_write_vocab(folder / VOCAB, run, selection, target),
@@ -246,8 +208,8 @@ def _write(
     (folder / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
 
 
-def _read(sources: Iterable[Source], what: str) -> Iterable[Conversation]:
-    conversations = chain.from_iterable(source.conversations() for source in sources)
+def _read(sources: Iterable[Source], what: str, answered: bool = True) -> Iterable[Conversation]:
+    conversations = chain.from_iterable(source.conversations(answered) for source in sources)
     return tqdm(conversations, f"tokenizing {what}", unit=" conversations", mininterval=1.0)
 
 

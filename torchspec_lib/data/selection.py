@@ -29,7 +29,7 @@ class HeldoutPrompt:
     text: str
     """The last user message."""
     reference: str
-    """The data's own answer."""
+    """The data's own answer; empty where it has none."""
 
 
 class Selection:
@@ -47,28 +47,34 @@ class Selection:
         """[V], how often each target token is supervised."""
         self.num_tokens = 0
         self.longest = 0
+        self.turns: Counter[str] = Counter()
+        """What is supervised, as ``EncodedChat.turns``."""
 
     def heldout(self, conversations: Iterable[Conversation]) -> Iterator[HeldoutPrompt]:
-        """What was asked before each conversation's last answer. Comes before ``prompts``.
+        """What was asked before each conversation's last answer, if there is one.
+
+        Comes before ``prompts``.
 
         Raises:
             DataError: A conversation has no user message before its last answer.
         """
         for position, conversation in enumerate(conversations):
             messages, where = conversation.messages, conversation.where
-            answer = max(i for i, m in enumerate(messages) if m.role == "assistant")
+            answers = [i for i, m in enumerate(messages) if m.role == "assistant"]
+            answer = answers[-1] if answers else len(messages)
             asked = [m.content for m in messages[:answer] if m.role == "user"]
             if not asked:
                 raise DataError(
                     where, "asks nothing before its last answer", "Add a user message, or remove it"
                 )
             self._heldout_texts.add(asked[0].strip())
-            token_ids = self._chat.prompt_ids(messages[:answer], where)
+            token_ids = self._chat.prompt_ids(messages[:answer], where, conversation.tools)
             if len(token_ids) > self._settings.max_length:
                 self.rejected["heldout_too_long"] += 1
                 continue
             prompt_id = _prompt_id(position, token_ids.tobytes())
-            yield HeldoutPrompt(prompt_id, token_ids, asked[-1], messages[answer].content)
+            reference = messages[answer].content if answers else ""
+            yield HeldoutPrompt(prompt_id, token_ids, asked[-1], reference)
 
     def prompts(self, conversations: Iterable[Conversation]) -> Iterator[tuple[Prompt, str]]:
         """The usable prompts, each with the id of the row it came from, or its place.
@@ -78,8 +84,9 @@ class Selection:
             DataError: The template refuses a conversation, or supervises all or none of it.
         """
         for position, conversation in enumerate(conversations):
-            encoded = self._chat.encode(conversation.messages, conversation.where)
-            _check_mask(encoded.loss_mask, conversation.where)
+            where = conversation.where
+            encoded = self._chat.encode(conversation.messages, where, conversation.tools)
+            _check_mask(encoded.loss_mask, where)
             reason = self._why_unusable(conversation, encoded)
             if reason is not None:
                 self.rejected[reason] += 1
@@ -87,7 +94,7 @@ class Selection:
             self._count(encoded)
             content = encoded.token_ids.tobytes() + encoded.loss_mask.tobytes()
             prompt = Prompt(_prompt_id(position, content), encoded.token_ids, encoded.loss_mask)
-            yield prompt, conversation.source_id or conversation.where
+            yield prompt, conversation.source_id or where
 
     def end_of_turn_ids(self) -> Set[int]:
         """Special tokens that are supervised, so stand at the end of an answer."""
@@ -120,6 +127,7 @@ class Selection:
         self.token_counts += np.bincount(supervised, minlength=vocab_size)
         self.num_tokens += len(encoded.token_ids)
         self.longest = max(self.longest, len(encoded.token_ids))
+        self.turns += encoded.turns
 
 
 def _prompt_id(position: int, content: bytes) -> str:

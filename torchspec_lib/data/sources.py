@@ -3,17 +3,18 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
 from torchspec_lib.config.models import DataConfig
 from torchspec_lib.config.run import RunConfig
 from torchspec_lib.data.conversations import Source, open_source
+from torchspec_lib.data.regenerated import RegeneratedFolder
 from torchspec_lib.data.vocab import inherited_vocab
 from torchspec_lib.target import TargetSpec
 
-PREPARE_VERSION = 1
+PREPARE_VERSION = 2
 """Raise it when the same input shall give another data set."""
 TOKENIZER_PATTERNS = ("*token*", "*.jinja", "chat_template.json", "vocab.*", "merges.txt")
 """Files of a target's folder that decide about its token ids and its chat template."""
@@ -45,10 +46,26 @@ class Sources:
         Raises:
             DataError: A row is no conversation, or a file holds none.
         """
-        for source in (*self.train, *self.heldout):
-            if source.path is not None:
-                for _ in source.conversations():
-                    pass
+        for sources, answered in ((self.train, True), (self.heldout, False)):
+            for source in sources:
+                if source.path is not None:
+                    for _ in source.conversations(answered):
+                        pass
+
+    def answered(self, run: RunConfig, target: TargetSpec) -> Self:
+        """With the target's own answers in ``train``, if the run is to have them.
+
+        Raises:
+            DataError: The target hasn't answered yet, or not usably.
+        """
+        folder = self.answers(run, target)
+        return self if folder is None else replace(self, train=folder.sources())
+
+    def answers(self, run: RunConfig, target: TargetSpec) -> RegeneratedFolder | None:
+        """Where the target's own answers to ``train`` will lie, if the run is to have them."""
+        if not run.regeneration.enabled:
+            return None
+        return RegeneratedFolder.of(run, target, [source.digest() for source in self.train])
 
     def dataset_id(self, run: RunConfig, target: TargetSpec) -> str:
         """16 hex digits over everything that the data set's content depends on."""
@@ -62,7 +79,12 @@ class Sources:
             "max_length": run.data.max_length,
             "min_loss_tokens": run.data.min_loss_tokens,
             "max_prompts": run.data.max_prompts,
+            "last_turn_only": run.data.last_turn_only,
+            "chat_template_kwargs": run.data.chat_template_kwargs,
         }
+        answers = self.answers(run, target)
+        if answers is not None:
+            identity["regeneration"] = answers.regeneration_id
         inherited = inherited_vocab(run)
         if inherited is not None:
             identity["inherited_vocab"] = hashlib.sha256(inherited.tobytes()).hexdigest()

@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Collection
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -12,30 +13,53 @@ from safetensors import safe_open
 from torchspec_lib.config.run import RunConfig
 from torchspec_lib.errors import ConfigError
 
-WEIGHTS, OFFSETS = "model.safetensors", "d2t"
-"""Where an exported draft keeps its vocabulary: target id = draft id + offset."""
+WEIGHTS, TORCH_WEIGHTS, OFFSETS = "model.safetensors", "pytorch_model.bin", "d2t"
+"""Where a draft keeps its vocabulary: target id = draft id + offset."""
 
 
 def inherited_vocab(run: RunConfig) -> npt.NDArray[np.int64] | None:
-    """The vocabulary of the exported draft that a run continues, which its weights fit alone.
+    """The vocabulary of the draft that a run continues, where ``continual_vocab`` keeps it.
 
     Returns:
         [Vd] target ids, ascending; None where nothing is continued, where it is a checkpoint
         (whose own check of the vocabulary stands), or where its vocabulary isn't pruned.
 
     Raises:
-        ConfigError: What is to be continued isn't there.
+        ConfigError: What is to be continued isn't there, or is of another size.
     """
-    if run.draft.vocab_size is None or run.training.continual_from is None:
+    size, training = run.draft.vocab_size, run.training
+    if size is None or training.continual_from is None or training.continual_vocab == "remap":
         return None
-    weights = run.training.continual_path / WEIGHTS
-    if not weights.is_file():
+    offsets = _offsets(training.continual_path)
+    if offsets is None:
         return None
-    with safe_open(weights, framework="numpy") as tensors:
-        if OFFSETS not in tensors.keys():  # noqa: SIM118 - not a mapping
-            return None
-        offsets: npt.NDArray[np.int64] = tensors.get_tensor(OFFSETS)
+    if len(offsets) != size:
+        raise ConfigError(
+            "draft.vocab_size",
+            f"{size} tokens are to be kept, and the draft in training.continual_from has "
+            f"{len(offsets)}",
+            f"Set it to {len(offsets)}, or training.continual_vocab to remap",
+        )
     return np.arange(len(offsets)) + offsets
+
+
+def _offsets(draft: Path) -> npt.NDArray[np.int64] | None:
+    if (draft / WEIGHTS).is_file():
+        with safe_open(draft / WEIGHTS, framework="numpy") as tensors:
+            if OFFSETS not in tensors.keys():  # noqa: SIM118 - not a mapping
+                return None
+            found: npt.NDArray[np.int64] = tensors.get_tensor(OFFSETS)
+            return found
+    if (draft / TORCH_WEIGHTS).is_file():
+        import torch  # seconds, for the few that were published so
+
+        weights = torch.load(
+            draft / TORCH_WEIGHTS, map_location="cpu", mmap=True, weights_only=True
+        )
+        if OFFSETS in weights:
+            offsets: npt.NDArray[np.int64] = weights[OFFSETS].numpy()
+            return offsets
+    return None
 
 
 def choose_draft_vocab(
