@@ -239,6 +239,11 @@ def write_jsonl(path: Path, chats: Iterable[Conversation]) -> None:
     path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
 
 
+def unanswered(chat: Conversation) -> Conversation:
+    """A conversation's questions alone."""
+    return {"messages": [message for message in chat["messages"] if message["role"] == "user"]}
+
+
 def main() -> None:
     """Make the whole folder."""
     options = _parse_arguments()
@@ -248,6 +253,7 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     shipped = list(islice(conversations(TRAIN_SEED, excluded), NUM_TRAIN))
     write_jsonl(options.output / "train.jsonl", shipped)
+    write_jsonl(options.output / "questions.jsonl", map(unanswered, shipped))
     write_jsonl(options.output / "heldout.jsonl", heldout_chats)
 
     # The shipped conversations' seed is used for them alone: the target trains on others.

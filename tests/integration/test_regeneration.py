@@ -1,0 +1,352 @@
+"""Answers by the tiny target itself: resumed, reproducible, and prepared like any others."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from tests.run_process import TINY, config, wait_for
+from torchspec_lib.config.regeneration import RegenerationConfig
+from torchspec_lib.config.run import RunConfig
+from torchspec_lib.config.settings import PROJECT_ROOT
+from torchspec_lib.data.chat import ChatTokenizer
+from torchspec_lib.data.conversations import Conversation
+from torchspec_lib.data.dataset import load_heldout, load_prompts, prepare_dataset
+from torchspec_lib.data.messages import Message
+from torchspec_lib.data.regenerated import RegeneratedFolder
+from torchspec_lib.data.sources import Sources
+from torchspec_lib.errors import DataError, WorkerLostError
+from torchspec_lib.evaluation.speculative import decode_plain
+from torchspec_lib.evaluation.verification import TargetChoice
+from torchspec_lib.models.target_model import load_target
+from torchspec_lib.regeneration.generator import Generated, GenerationRequest
+from torchspec_lib.regeneration.hf_generator import HFBatch, HFGenerator
+from torchspec_lib.regeneration.regenerate import regenerate
+from torchspec_lib.regeneration.shard import Shard, answer_shard
+from torchspec_lib.target import TargetSpec, read_target
+
+QUESTIONS = TINY / "questions.jsonl"
+DRAWN = {"temperature": 1.0, "shard_size": 4, "batch_size": 4}
+
+
+def run_of(tmp_path: Path, num: int = 24, engine: str = "hf", **regeneration) -> RunConfig:
+    run = config(
+        tmp_path / "data",
+        data={
+            "train": [str(QUESTIONS)],
+            "heldout": [str(TINY / "heldout.jsonl")],
+            "max_length": 512,
+        },
+        inference={"engine": engine},
+    )
+    settings = {"enabled": True, "max_conversations": num, "shard_size": 8, "max_new_tokens": 160}
+    values = RegenerationConfig.model_validate(settings | regeneration)
+    return run.model_copy(update={"regeneration": values})
+
+
+def folder_of(run: RunConfig) -> RegeneratedFolder:
+    folder = Sources.open(run.data).answers(run, target())
+    assert folder is not None
+    return folder
+
+
+def target() -> TargetSpec:
+    return read_target(config(Path("data")).model)
+
+
+def start(run: RunConfig, tmp_path: Path) -> subprocess.Popen:
+    file = tmp_path / "run.json"
+    file.write_text(run.model_dump_json())
+    command = [sys.executable, "-m", "tests.regenerate", str(file)]
+    return subprocess.Popen(
+        command, cwd=PROJECT_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def shards(folder: RegeneratedFolder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder.path / "shards").glob("*.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def model() -> torch.nn.Module:
+    return load_target(target(), "float32", torch.device("cpu"), trust_remote_code=False)
+
+
+@pytest.fixture(scope="module")
+def chat() -> ChatTokenizer:
+    return ChatTokenizer.load(str(TINY))
+
+
+def requests(chat: ChatTokenizer, count: int, max_new_tokens: int = 160) -> list[GenerationRequest]:
+    rows = [json.loads(line) for line in QUESTIONS.read_text().splitlines()]
+    texts = [row["messages"][0]["content"] for row in rows][:count]
+    return [
+        GenerationRequest(
+            chat.prompt_ids([Message("user", text)], "here").tolist(), max_new_tokens, seed=i
+        )
+        for i, text in enumerate(texts)
+    ]
+
+
+def test_a_batch_gives_what_decoding_one_by_one_gives(model, chat):
+    eos = target().eos_token_ids
+    asked = requests(chat, 12)
+    settings = RegenerationConfig(batch_size=5)
+    answers = HFGenerator(model, settings, eos).generate(asked)
+    alone = [decode_plain(model, one.token_ids, TargetChoice(0.0, 160), eos) for one in asked]
+    assert [answer.token_ids for answer in answers] == alone
+    assert all(answer.is_finished for answer in answers)
+
+
+def test_padding_changes_nothing_but_rounding(model, chat):
+    prompts = [one.token_ids for one in requests(chat, 12)]
+    assert len({len(prompt) for prompt in prompts}) > 5
+    with torch.inference_mode():
+        together = HFBatch(model, prompts)
+        first = together.logits()
+        together.extend([0, 3, 7], [5, 6, 7])
+        second = together.logits()
+        alone = [model(torch.tensor([prompt])).logits[0, -1] for prompt in prompts]
+        behind = [
+            model(torch.tensor([[*prompts[i], new]])).logits[0, -1]
+            for i, new in ((0, 5), (3, 6), (7, 7))
+        ]
+    assert torch.allclose(first, torch.stack(alone), atol=1e-4)
+    assert torch.allclose(second, torch.stack(behind), atol=1e-4)
+
+
+def test_drawn_answers_depend_on_their_own_seed_and_not_on_their_batch(model, chat):
+    eos = target().eos_token_ids
+    asked = requests(chat, 12)
+    settings = RegenerationConfig(temperature=1.5, batch_size=5)
+    answers = HFGenerator(model, settings, eos).generate(asked)
+    apart = RegenerationConfig(temperature=1.5, batch_size=1)
+    assert HFGenerator(model, apart, eos).generate(asked[::-1])[::-1] == answers
+    others = [GenerationRequest(r.token_ids, r.max_new_tokens, r.seed + 100) for r in asked]
+    assert HFGenerator(model, settings, eos).generate(others) != answers
+
+
+def test_an_answer_that_is_cut_off_is_told_from_one_that_ends(model, chat):
+    answers = HFGenerator(model, RegenerationConfig(), target().eos_token_ids).generate(
+        requests(chat, 12, max_new_tokens=40)
+    )
+    assert {answer.is_finished for answer in answers} == {True, False}
+    assert all((answer.token_ids[-1] == 3) == answer.is_finished for answer in answers)
+    assert max(len(answer.token_ids) for answer in answers) == 40
+
+
+class Scripted:
+    """Answers what it is told to."""
+
+    def __init__(self, chat: ChatTokenizer, texts: list[str]) -> None:
+        self._chat, self._texts = chat, texts
+        self.asked: list[GenerationRequest] = []
+
+    def generate(self, asked: list[GenerationRequest]) -> list[Generated]:
+        self.asked += asked
+        texts = [self._texts.pop(0) for _ in asked]
+        ids = [self._chat.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+        return [
+            Generated(one, text.endswith("<|end|>")) for one, text in zip(ids, texts, strict=True)
+        ]
+
+    def close(self) -> None:
+        pass
+
+
+def talk(number: int, *questions: str) -> Conversation:
+    messages = tuple(Message("user", question) for question in questions)
+    return Conversation(f"q.jsonl:{number}", messages, None)
+
+
+def test_answers_that_are_of_no_use_are_counted_by_their_reason_with_examples(chat, tmp_path):
+    conversations = (
+        talk(1, "One?", "Two?"),
+        talk(2, "Cut?"),
+        talk(3, "Empty?"),
+        talk(4, "w " * 600),
+        talk(5, "Fine?"),
+        talk(6, "Bad in the end?", "Now?"),
+    )
+    first_round = ["A.<|end|>", "B and so on", "<|end|>", "C.<|end|>", "D.<|end|>"]
+    generator = Scripted(chat, [*first_round, "E.<|end|>", "F"])
+    run = run_of(tmp_path, max_new_tokens=50)
+    report, rows = answer_shard(Shard(3, conversations), run, chat, generator)
+    assert report.rejected == {"answer_too_long": 2, "empty_answer": 1, "prompt_too_long": 1}
+    assert [(e.where, e.reason) for e in report.examples] == [
+        ("q.jsonl:4", "prompt_too_long"),
+        ("q.jsonl:2", "answer_too_long"),
+        ("q.jsonl:3", "empty_answer"),
+        ("q.jsonl:6", "answer_too_long"),
+    ]
+    assert (report.num_conversations, report.num_answered) == (6, 2)
+    assert [row["id"] for row in rows] == ["q.jsonl:1", "q.jsonl:5"]
+    assert [m["content"] for m in rows[0]["messages"]] == ["One?", "A.", "Two?", "E."]
+    assert {request.max_new_tokens for request in generator.asked} == {50}
+    assert len({request.seed for request in generator.asked}) == len(generator.asked)
+
+
+def test_no_answer_outgrows_the_longest_conversation(chat, tmp_path):
+    generator = Scripted(chat, ["A.<|end|>"])
+    question = talk(1, "How many? " * 150)
+    answer_shard(Shard(0, (question,)), run_of(tmp_path), chat, generator)
+    (request,) = generator.asked
+    assert len(request.token_ids) + request.max_new_tokens == 512
+
+
+def questions(run: RunConfig) -> list[Conversation]:
+    (source,) = Sources.open(run.data).train
+    return list(islice(source.conversations(answered=False), run.regeneration.max_conversations))
+
+
+@pytest.fixture(scope="module")
+def answered(model, chat, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """Answers, all of them given in this process."""
+    run = run_of(tmp_path_factory.mktemp("answered"), **DRAWN)
+    folder, asked = folder_of(run), questions(run)
+    generator = HFGenerator(model, run.regeneration, target().eos_token_ids)
+    with folder.claim():
+        for index in range(6):
+            shard = Shard(index, tuple(asked[4 * index : 4 * index + 4]))
+            folder.write_shard(*answer_shard(shard, run, chat, generator))
+        folder.finish()
+    return run
+
+
+def test_a_killed_run_goes_on_behind_its_last_shard_to_the_same_bytes(answered, tmp_path):
+    expected = shards(folder_of(answered))
+    run = run_of(tmp_path, **DRAWN)
+    folder = folder_of(run)
+    process = start(run, tmp_path)
+    wait_for(lambda: folder.has_shard(1), "shard")
+    parts = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(parts, timeout=20)
+    assert not alive, "engines outlive what they answer for"
+    before = {path: path.stat().st_mtime_ns for path in (folder.path / "shards").glob("0*.jsonl")}
+    assert 2 <= len(before) < len(expected) == 6
+    assert folder.answers() is None
+    two = run.inference.model_copy(update={"inference_num_gpus": 2})
+    answers, _ = regenerate(run.model_copy(update={"inference": two}), target())
+    assert (answers.num_conversations, answers.num_answered) == (24, 24)
+    assert shards(folder) == expected
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert {path.name for path in (folder.path / "shards").iterdir()} == {
+        f"{index:06d}.{kind}" for index in range(6) for kind in ("json", "jsonl")
+    }
+
+
+def test_the_loss_of_an_engine_ends_the_run_and_keeps_what_is_written(tmp_path):
+    run = run_of(tmp_path, shard_size=2)
+    folder = folder_of(run)
+
+    def kill_the_engine() -> None:
+        wait_for(lambda: folder.has_shard(0), "shard")
+        (engine,) = (
+            child
+            for child in psutil.Process().children()
+            if "spawn_main" in " ".join(child.cmdline())
+        )
+        engine.kill()
+
+    killer = threading.Thread(target=kill_the_engine)
+    killer.start()
+    with pytest.raises(WorkerLostError, match=r"regeneration engine 0.*exit code -9"):
+        regenerate(run, target())
+    killer.join()
+    assert 1 <= len(shards(folder)) < 12
+
+
+def test_the_answers_are_prepared_like_any_conversations(answered, chat):
+    manifest, folder = prepare_dataset(answered, target())
+    assert (manifest.num_prompts, manifest.num_heldout) == (24, 100)
+    conversations = [
+        conversation
+        for report in folder_of(answered).reports()
+        for conversation in folder_of(answered).conversations(report)
+    ]
+    for prompt, conversation in zip(load_prompts(folder), conversations, strict=True):
+        token_ids, mask, _ = chat.encode(conversation.messages, "here")
+        assert prompt.token_ids.tolist() == token_ids.tolist()
+        assert prompt.loss_mask.tolist() == mask.tolist()
+    lengths = [n for report in folder_of(answered).reports() for n in report.answer_lengths]
+    assert manifest.num_loss_tokens == sum(lengths)
+
+
+def test_a_second_call_finds_the_answers(answered):
+    started = time.monotonic()
+    first = folder_of(answered).answers()
+    again, _ = regenerate(answered, target())
+    assert again == first
+    assert time.monotonic() - started < 1.0
+
+
+def test_conversations_without_answers_need_the_targets_own(answered):
+    off = answered.regeneration.model_copy(update={"enabled": False})
+    with pytest.raises(DataError, match=r"questions.jsonl:1: .*regeneration.enabled"):
+        prepare_dataset(answered.model_copy(update={"regeneration": off}), target())
+    other = answered.regeneration.model_copy(update={"seed": 1})
+    with pytest.raises(DataError, match=r"data.train: the target hasn't answered it yet"):
+        prepare_dataset(answered.model_copy(update={"regeneration": other}), target())
+
+
+def test_held_out_prompts_need_no_answers(answered, tmp_path):
+    path = tmp_path / "heldout.jsonl"
+    path.write_text(json.dumps({"prompt": "How many minutes are in 31 hours?"}) + "\n")
+    data = answered.data.model_copy(update={"heldout": (str(path),)})
+    _, folder = prepare_dataset(answered.model_copy(update={"data": data}), target())
+    (prompt,) = load_heldout(folder)
+    assert (prompt.text, prompt.reference) == ("How many minutes are in 31 hours?", "")
+
+
+def test_what_answers_depend_on_names_them_and_nothing_else(answered):
+    def names(run: RunConfig) -> tuple[str, str]:
+        dataset_id = Sources.open(run.data).dataset_id(run, target())
+        return folder_of(run).regeneration_id, dataset_id
+
+    def changed(section: str, **changes) -> RunConfig:
+        values = getattr(answered, section).model_copy(update=changes)
+        return answered.model_copy(update={section: values})
+
+    first = names(answered)
+    for same in (
+        changed("regeneration", batch_size=3),
+        changed("inference", inference_num_gpus=2),
+        changed("training", learning_rate=1.0),
+    ):
+        assert names(same) == first
+    for other in (
+        changed("regeneration", temperature=0.5),
+        changed("regeneration", max_conversations=5),
+        changed("regeneration", turns="last"),
+        changed("inference", engine="sglang"),
+        changed("data", chat_template_kwargs={"enable_thinking": False}),
+    ):
+        assert all(a != b for a, b in zip(names(other), first, strict=True))
+    off = changed("regeneration", enabled=False)
+    also_off = changed("regeneration", enabled=False, temperature=0.5)
+    ids = [Sources.open(run.data).dataset_id(run, target()) for run in (off, also_off)]
+    assert ids[0] == ids[1] != first[1]
+
+
+@pytest.mark.sglang
+@pytest.mark.skipif(find_spec("sglang") is None, reason="make sglang installs it")
+def test_sglang_answers_as_transformers_does(model, chat, tmp_path):
+    run = run_of(tmp_path, engine="sglang", shard_size=12)
+    regenerate(run, target())
+    generator = HFGenerator(model, run.regeneration, target().eos_token_ids)
+    _, rows = answer_shard(Shard(0, tuple(questions(run))), run, chat, generator)
+    lines = [
+        line for _, text in sorted(shards(folder_of(run)).items()) for line in text.splitlines()
+    ]
+    assert [json.loads(line) for line in lines] == rows
+    assert len(rows) == 24
