@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 import ray
@@ -12,8 +13,9 @@ from tests.run_process import TINY
 from torchspec_lib.config.run import RunConfig
 from torchspec_lib.controller.actors import _EngineClient
 from torchspec_lib.controller.engine_slot import EngineSlot
+from torchspec_lib.controller.limits import CapturePolicy
 from torchspec_lib.errors import StoreFullError, WorkerLostError
-from torchspec_lib.inference.engine_actor import EngineActor
+from torchspec_lib.inference.engine_actor import EngineActor, engine_options
 from torchspec_lib.inference.factory import EngineSpec
 from torchspec_lib.plan import make_plan
 from torchspec_lib.ray.cluster import ray_session
@@ -72,12 +74,16 @@ def engine(run) -> Iterator[tuple[object, TensorStore]]:
         )
         store = connect(address, slot.node_ip, owns_memory=False, put_timeout_s=1.0)
         stack.callback(store.close)
-        options = slot.options("inference") | {"max_restarts": -1}
+        options = slot.options("inference") | engine_options(run)
         actor = ray.remote(EngineActor).options(**options)
         engine = actor.remote(EngineSpec(run, target, 0, address))
         stack.callback(ray.kill, engine)
         ray.get(engine.ping.remote(), timeout=120)
         yield engine, store
+
+
+def policy(run: RunConfig, max_restarts: int) -> CapturePolicy:
+    return replace(CapturePolicy.of(run, MIB), max_restarts=max_restarts)
 
 
 def fill(store: TensorStore) -> list[SampleKey]:
@@ -94,12 +100,12 @@ def fill(store: TensorStore) -> list[SampleKey]:
     return keys
 
 
-def test_a_restart_that_fails_is_tried_again_as_often_as_allowed(engine):
+def test_a_restart_that_fails_is_tried_again_as_often_as_allowed(engine, run):
     """A full store fails the self-check, as memory does that something else uses just now."""
     actor, store = engine
 
     async def lose_it_while_the_store_is_full() -> tuple[bool, int]:
-        slot = EngineSlot(0, _EngineClient("engine 0", actor, 1), 8.0, MAX_RESTARTS)
+        slot = EngineSlot(0, _EngineClient("engine 0", actor, 1), policy(run, MAX_RESTARTS))
         assert await slot.start(None)
         filler = fill(store)
         ray.kill(actor, no_restart=False)
@@ -115,11 +121,11 @@ def test_a_restart_that_fails_is_tried_again_as_often_as_allowed(engine):
     ray.get(actor.ping.remote(), timeout=10)
 
 
-def test_an_engine_that_never_starts_again_is_given_up_after_as_many_restarts(engine):
+def test_an_engine_that_never_starts_again_is_given_up_after_as_many_restarts(engine, run):
     actor, store = engine
 
     async def lose_it() -> tuple[bool, int]:
-        slot = EngineSlot(0, _EngineClient("engine 0", actor, 1), 8.0, 1)
+        slot = EngineSlot(0, _EngineClient("engine 0", actor, 1), policy(run, 1))
         assert await slot.start(None)
         ray.kill(actor, no_restart=False)
         return await slot.start(WorkerLostError("engine 0", "killed")), slot.num_restarts

@@ -2,6 +2,7 @@
 
 import asyncio
 import pickle
+import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 
@@ -10,7 +11,10 @@ import pytest
 from tests.fakes import BYTES_PER_TOKEN, FakeEngine, failing, make_prompts, sample
 from torchspec_lib.controller import inference_manager
 from torchspec_lib.controller.batching import split_step
+from torchspec_lib.controller.dispatch import next_calls
+from torchspec_lib.controller.engine_slot import EngineSlot
 from torchspec_lib.controller.inference_manager import InferenceManager
+from torchspec_lib.controller.job_queue import Job, JobQueue
 from torchspec_lib.controller.limits import CapturePolicy
 from torchspec_lib.controller.training_controller import Schedule, TrainingController
 from torchspec_lib.errors import GivenUpError, TooManyFailuresError
@@ -24,7 +28,14 @@ from torchspec_lib.types import (
     StepReport,
 )
 
-LIMITS = {"request_size": 2, "max_attempts": 3, "max_restarts": 5, "hang_timeout_s": 60.0}
+LIMITS = {
+    "call_prompts": 2,
+    "num_calls": 2,
+    "window_tokens": 80,
+    "max_attempts": 3,
+    "max_restarts": 5,
+    "hang_timeout_s": 60.0,
+}
 METRICS = StepMetrics(1, 1.0, 1e-3, 1.0, (2,), (1,), 1, 4, 2, 0.1, 0.0)
 
 
@@ -173,7 +184,7 @@ def test_a_dead_engines_prompts_are_captured_all_the_same_and_what_it_left_is_re
 
 
 def test_a_dead_engine_comes_back_also_if_it_is_the_only_one():
-    engine = FakeEngine(dies_at=[2, 5, 6])
+    engine = FakeEngine(dies_at=[2, 5, 9])
     totals, *_ = run(num_prompts=20, engines=[engine])
     assert (totals.num_trained, totals.num_rejected) == (20, 0)
     assert engine.starts == [False] * 4, "at first, and after each death"
@@ -205,9 +216,76 @@ def test_a_call_that_waits_for_the_one_before_it_does_not_pass_for_hung():
     assert engine.starts == [False]
 
 
+def test_a_long_prompt_keeps_no_short_one_waiting():
+    short_ones = asyncio.Event()
+
+    class SideBySide(FakeEngine):
+        """Through with the long prompt only after all the others."""
+
+        async def capture(self, requests):
+            if requests[0].prompt.num_tokens == 60:
+                assert len(requests) == 1, "it shares its call"
+                await short_ones.wait()
+            results = await super().capture(requests)
+            if len(self.captured) == 19:
+                short_ones.set()
+            return results
+
+    totals, *_ = run(
+        num_prompts=20,
+        engines=[SideBySide()],
+        lengths=lambda i: 60 if i == 3 else 4,
+        micro_batch_tokens=64,
+        num_samples_in_flight=40,
+    )
+    assert totals.num_trained == 20
+
+
+def test_the_engine_with_the_fewest_outstanding_tokens_gets_the_next_prompts():
+    slots = [EngineSlot(i, FakeEngine(), policy(call_prompts=1, num_calls=4)) for i in range(2)]
+    queue = JobQueue()
+    for prompt in make_prompts(5, lambda i: 30 if i == 0 else 8):
+        queue.append(Job(CaptureRequest(SampleKey.first("run", 0, prompt.prompt_id), prompt)))
+    for slot in slots:
+        slot.is_up = True
+    calls = next_calls(slots, queue, policy(call_prompts=1, num_calls=4))
+    assert [(slot.index, call.num_tokens) for slot, call in calls] == [
+        (0, 30),
+        (1, 8),
+        (1, 8),
+        (1, 8),
+        (1, 8),
+    ]
+
+
+def test_an_engine_gets_no_more_than_its_window_holds_but_always_one_prompt():
+    few = policy(call_prompts=1, num_calls=4, window_tokens=16)
+    slot, queue = EngineSlot(0, FakeEngine(), few), JobQueue()
+    slot.is_up = True
+    for prompt in make_prompts(4, lambda i: [20, 8, 8, 8][i]):
+        queue.append(Job(CaptureRequest(SampleKey.first("run", 0, prompt.prompt_id), prompt)))
+    [(_, first)] = next_calls([slot], queue, few)
+    assert first.num_tokens == 20
+    asyncio.run(slot.finish(first))
+    assert [call.num_tokens for _, call in next_calls([slot], queue, few)] == [8, 8]
+
+
+def test_a_sample_costs_the_control_plane_less_than_100_us_however_many_there_are():
+    def cpu_s(num_prompts: int) -> float:
+        start = time.process_time()
+        engines = [FakeEngine(), FakeEngine()]
+        run(num_prompts, engines, global_batch_size=128, num_samples_in_flight=256)
+        return time.process_time() - start
+
+    cpu_s(200)
+    few, many = cpu_s(1_000) / 1_000, cpu_s(10_000) / 10_000
+    assert many < 100e-6
+    assert many < 3 * few
+
+
 def test_a_prompt_that_ends_engines_is_found_and_no_other_is_blamed_for_it():
     engines = [FakeEngine(kills=["p3"]), FakeEngine(kills=["p3"])]
-    totals, *_ = run(num_prompts=20, engines=engines, request_size=4)
+    totals, *_ = run(num_prompts=20, engines=engines, call_prompts=4)
     assert totals.rejected == {"its engines died": 1}
     assert totals.num_trained == 19
 

@@ -14,6 +14,7 @@ from torchspec_lib.controller.inference_manager import InferenceManager
 from torchspec_lib.controller.limits import CapturePolicy
 from torchspec_lib.controller.training_controller import Schedule, TrainingController
 from torchspec_lib.data.dataset import load_prompts
+from torchspec_lib.data.set_aside import TrainedPrompts, set_aside
 from torchspec_lib.errors import HungError, WorkerLostError
 from torchspec_lib.plan import ClusterPlan
 from torchspec_lib.ray.failures import unwrap
@@ -33,12 +34,15 @@ class AsyncTrainingController(TrainingController):
         dataset_dir: str,
         folder: RunFolder,
         schedule: Schedule,
+        num_set_aside: int,
         resume_step: int,
         resume_ledger: dict[str, Any] | None,
     ) -> None:
+        """All prompts in ``dataset_dir`` are trained on, but for those set aside."""
         logs.setup("controller", level=logging.WARNING)
         self._in_use = folder.use()
-        prompts = load_prompts(Path(dataset_dir))
+        stored = load_prompts(Path(dataset_dir))
+        prompts = TrainedPrompts(stored, set_aside(len(stored), num_set_aside, schedule.seed))
         super().__init__(prompts, schedule, resume_step, resume_ledger, folder.append_metrics)
 
 

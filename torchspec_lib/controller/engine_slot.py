@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from torchspec_lib.controller.job_queue import Job
+from torchspec_lib.controller.limits import CapturePolicy
 from torchspec_lib.errors import EngineError, HungError, RecoverableError
 from torchspec_lib.types import CaptureFailure, CaptureRequest, CaptureResult, SampleKey
 
@@ -17,12 +18,14 @@ logger = logging.getLogger(__name__)
 class Engine(Protocol):
     """An engine as the manager calls it; a dead one raises ``WorkerLostError``.
 
-    It does one thing after the other, in the order of the calls.
+    It may work on several calls at once, and answers each as soon as it is through with it.
     """
 
     async def capture(self, requests: Sequence[CaptureRequest]) -> list[CaptureResult]: ...
 
-    async def discard(self, keys: Sequence[SampleKey]) -> None: ...
+    async def discard(self, keys: Sequence[SampleKey]) -> None:
+        """Free samples that nobody will read, those too that are just being captured."""
+        ...
 
     async def start(self, kill: bool) -> None:
         """Wait until it is ready. A dead one comes back by itself.
@@ -42,6 +45,7 @@ class Call:
     """Prompts that an engine has been given."""
 
     jobs: Sequence[Job]
+    num_tokens: int
     generation: int
     start: float
 
@@ -49,21 +53,20 @@ class Call:
 class EngineSlot:
     """An engine, over all its restarts."""
 
-    def __init__(
-        self, index: int, engine: Engine, hang_timeout_s: float, max_restarts: int
-    ) -> None:
-        """Take an engine that may still be starting.
-
-        ``max_restarts`` counts those without a sample in between.
-        """
-        self.index, self._engine = index, engine
-        self._hang_timeout_s, self._max_restarts = hang_timeout_s, max_restarts
+    def __init__(self, index: int, engine: Engine, policy: CapturePolicy) -> None:
+        """Take an engine that may still be starting."""
+        self.index, self._engine, self._policy = index, engine, policy
         self.is_up = self.is_given_up = False
         self.num_restarts = 0
+        """Without a sample in between."""
+        self.num_tokens = 0
+        """Of all the prompts that it has."""
+        self.num_pauses = 0
+        """Reasons to give it no calls for a while."""
         self._generation = 0
         self._calls: list[Call] = []
         self._answered = 0.0
-        """When a call last came back: the next one's turn has only then come."""
+        """When a call last came back: the turn of another may only then have come."""
         self._stored = 0.0
         """When nothing kept it from storing samples."""
         self.garbage: list[SampleKey] = []
@@ -79,8 +82,17 @@ class EngineSlot:
         return not self._calls
 
     @property
-    def has_suspect(self) -> bool:
-        return any(job.is_suspect for call in self._calls for job in call.jobs)
+    def has_room(self) -> bool:
+        """Whether it may get another call now. A suspect stays alone with its engine."""
+        if not self.is_up or self.num_pauses:
+            return False
+        if not self._calls:
+            return True
+        return (
+            len(self._calls) < self._policy.num_calls
+            and self.num_tokens < self._policy.window_tokens
+            and not self._calls[0].jobs[0].is_suspect
+        )
 
     @property
     def is_starting(self) -> bool:
@@ -88,8 +100,10 @@ class EngineSlot:
 
     def begin(self, jobs: Sequence[Job]) -> Call:
         """Note that the engine gets ``jobs``; ``finish`` has to follow."""
-        call = Call(jobs, self._generation, time.monotonic())
+        num_tokens = sum(job.num_tokens for job in jobs)
+        call = Call(jobs, num_tokens, self._generation, time.monotonic())
         self._calls.append(call)
+        self.num_tokens += num_tokens
         return call
 
     async def finish(self, call: Call) -> list[CaptureResult]:
@@ -103,15 +117,16 @@ class EngineSlot:
         working = asyncio.ensure_future(self._capture(call))
         try:
             while not working.done():
-                patience_s = self._hang_timeout_s + max(call.start, self._answered)
-                left_s = patience_s - time.monotonic()
+                patience_s = self._policy.hang_timeout_s
+                left_s = patience_s + max(call.start, self._answered) - time.monotonic()
                 if left_s <= 0:
-                    silence = f"no answer for {self._hang_timeout_s:.0f} s to a call for samples"
+                    silence = f"no answer for {patience_s:.0f} s to a call for samples"
                     raise HungError(self.name, silence)
                 await asyncio.wait([working], timeout=left_s)
         finally:
             working.cancel()
             self._calls.remove(call)
+            self.num_tokens -= call.num_tokens
         self._answered = time.monotonic()
         results = working.result()
         if not all(_is_stores_fault(result) for result in results):
@@ -121,7 +136,7 @@ class EngineSlot:
     def stuck(self) -> HungError | None:
         """What is wrong with an engine that finds no way into the store, while others may."""
         kept_s = self._answered - self._stored
-        if not self.is_up or kept_s <= self._hang_timeout_s:
+        if not self.is_up or kept_s <= self._policy.hang_timeout_s:
             return None
         return HungError(self.name, f"it could store nothing for {kept_s:.0f} s")
 
@@ -142,7 +157,7 @@ class EngineSlot:
 
     async def start(self, error: Exception | None) -> bool:
         """Wait for the engine, or start it again if ``error`` took it; False if it is given up."""
-        while self.num_restarts < self._max_restarts or error is None:
+        while self.num_restarts < self._policy.max_restarts or error is None:
             self.num_restarts += error is not None
             try:
                 await self._engine.start(kill=isinstance(error, (HungError, EngineError)))

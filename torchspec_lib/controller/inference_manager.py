@@ -1,10 +1,12 @@
 """Keeps the engines busy within a budget of bytes, and sees every prompt through.
 
-Who waits for whom: ``_feed`` waits for bytes, which ``release`` gives back; an engine's
-workers wait for jobs, which ``_feed`` and failed attempts bring; ``recapture`` waits for
-one sample. The budget is granted in the order of the prompts, and steps take samples in
-that order too: so the oldest prompt always has its bytes, and nothing can block for ever.
-An engine that dies or hangs is started again, and what it had goes to whoever is free.
+Who waits for whom: ``_feed`` waits for bytes, which ``release`` gives back; ``_dispatch`` waits
+for jobs, which ``_feed`` and failed attempts bring, and for an engine that has room;
+``recapture`` waits for one sample. The budget is granted in the order of the prompts, and
+steps take samples in that order too: so the oldest prompt always has its bytes, and nothing
+can block for ever. Every engine has a window of several small calls, and each call that comes
+back makes room for another, whatever became of the rest. An engine that dies or hangs is
+started again, and what it had goes to whoever is free.
 """
 
 import asyncio
@@ -14,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from torchspec_lib.controller.dispatch import next_calls
 from torchspec_lib.controller.engine_slot import Call, Engine, EngineSlot
 from torchspec_lib.controller.job_queue import Job, JobQueue
 from torchspec_lib.controller.limits import ByteBudget, CapturePolicy
@@ -30,8 +33,6 @@ from torchspec_lib.types import (
 
 logger = logging.getLogger(__name__)
 
-CALLS_PER_ENGINE = 2
-"""Calls that an engine has at a time: while it works on one, the next is already there."""
 MAX_LOSSES = 10
 """Samples of one prompt that the store may lose before the prompt is rejected."""
 STORE_PAUSE_S = 1.0
@@ -76,15 +77,12 @@ class InferenceManager:
             note: Gets every engine's recovery.
         """
         self._controller, self._policy, self._note = controller, policy, note
-        self._slots = [
-            EngineSlot(index, engine, policy.hang_timeout_s, policy.max_restarts)
-            for index, engine in enumerate(engines)
-        ]
+        self._slots = [EngineSlot(index, engine, policy) for index, engine in enumerate(engines)]
         self._reserved_bytes = reserved_bytes
         self._budget = ByteBudget(policy.max_in_flight_bytes)
         self._queue = JobQueue()
-        self._changed = asyncio.Condition()
-        """A job came, or an engine's state changed."""
+        self._changed = asyncio.Event()
+        """A job came, or an engine has room."""
         self._held: dict[SampleKey, Job] = {}
         """Every attempt that holds bytes: queued, being captured, or captured and unread."""
         self._recaptures: dict[SampleKey, asyncio.Future[CaptureResult]] = {}
@@ -100,42 +98,44 @@ class InferenceManager:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._feed())
+                tasks.create_task(self._dispatch(tasks))
                 for slot in self._slots:
-                    tasks.create_task(self._open(slot, tasks))
+                    tasks.create_task(self._start(slot, None))
         except ExceptionGroup as group:  # the first cause, as itself
             raise group.exceptions[0] from group
 
     async def _feed(self) -> None:
-        batch = self._policy.request_size * len(self._slots)
-        while requests := await self._controller.take(batch):
+        policy = self._policy
+        window = policy.num_calls * policy.call_prompts * len(self._slots)
+        while requests := await self._controller.take(window):
             for request in requests:
                 await self._budget.acquire(self._reserved_bytes(request.prompt.num_tokens))
                 self._held[request.key] = job = Job(request)
                 self._queue.append(job)
-                await self._notify()
+                self._changed.set()
 
     # One engine's work
 
-    async def _open(self, slot: EngineSlot, tasks: asyncio.TaskGroup) -> None:
-        """Begin to work with an engine, which may still be starting."""
-        if await self._start(slot, None):
-            for _ in range(CALLS_PER_ENGINE):
-                tasks.create_task(self._work(slot))
+    async def _dispatch(self, tasks: asyncio.TaskGroup) -> None:
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            for slot, call in next_calls(self._slots, self._queue, self._policy):
+                tasks.create_task(self._work(slot, call))
 
-    async def _work(self, slot: EngineSlot) -> None:
-        while (call := await self._next_call(slot)) is not None:
-            try:
-                results = await slot.finish(call)
-            except StoreUnavailableError as error:
-                await self._try_again(call.jobs)
-                await self._pause(slot, str(error))
-            except (WorkerLostError, EngineError) as error:
-                await self._lose(slot, call, call.jobs, error)
-            else:
-                await self._settle(slot, call.jobs, results)
-            if (stuck := slot.stuck()) is not None:
-                await self._lose(slot, call, [], stuck)
-            await self._notify()  # a suspect may wait for its engine to be idle
+    async def _work(self, slot: EngineSlot, call: Call) -> None:
+        try:
+            results = await slot.finish(call)
+        except StoreUnavailableError as error:
+            self._try_again(call.jobs)
+            self._pause(slot, str(error))
+        except (WorkerLostError, EngineError) as error:
+            await self._lose(slot, call, call.jobs, error)
+        else:
+            self._changed.set()
+            await self._settle(slot, call.jobs, results)
+        if (stuck := slot.stuck()) is not None:
+            await self._lose(slot, call, [], stuck)
 
     async def _lose(
         self, slot: EngineSlot, call: Call, jobs: Sequence[Job], error: Exception
@@ -146,29 +146,14 @@ class InferenceManager:
         if is_first:
             await self._start(slot, error)
 
-    async def _next_call(self, slot: EngineSlot) -> Call | None:
-        """Wait for work; None once the engine is given up."""
-        calls: list[Call] = []
-
-        def is_due() -> bool:
-            if slot.is_up and not slot.has_suspect:
-                others = any(not s.is_given_up for s in self._slots if s is not slot)
-                size = self._policy.request_size
-                if jobs := self._queue.pop(slot.index, size, slot.is_idle, others):
-                    calls.append(slot.begin(jobs))
-            return bool(calls) or slot.is_given_up
-
-        async with self._changed:
-            await self._changed.wait_for(is_due)
-        return calls[0] if calls else None
-
-    async def _pause(self, slot: EngineSlot, cause: str) -> None:
+    def _pause(self, slot: EngineSlot, cause: str) -> None:
         logger.warning("event=store_away engine=%d cause=%s", slot.index, cause)
-        await asyncio.sleep(STORE_PAUSE_S)
+        slot.num_pauses += 1
+        asyncio.get_running_loop().call_later(STORE_PAUSE_S, self._resume, slot)
 
-    async def _notify(self) -> None:
-        async with self._changed:
-            self._changed.notify_all()
+    def _resume(self, slot: EngineSlot) -> None:
+        slot.num_pauses -= 1
+        self._changed.set()
 
     async def _settle(
         self, slot: EngineSlot, jobs: Sequence[Job], results: Sequence[CaptureResult]
@@ -191,14 +176,14 @@ class InferenceManager:
                 job.num_failures += 1
                 job.avoid = slot.index
                 if result.fault == "prompt" or job.num_failures >= self._policy.max_attempts:
-                    final.append(await self._reject(job, result.reason))
+                    final.append(self._reject(job, result.reason))
                 else:
                     logger.warning("event=retry sample=%s reason=%s", result.key, result.reason)
                     again.append(job)
-        await self._try_again(again)
-        await self._conclude(final)
         if trouble:
-            await self._pause(slot, trouble)
+            self._pause(slot, trouble)
+        self._try_again(again)
+        await self._conclude(final)
 
     async def _take_back(self, slot: EngineSlot, jobs: Sequence[Job]) -> None:
         """An engine took ``jobs`` along; others get them. One that was alone is to blame."""
@@ -209,17 +194,17 @@ class InferenceManager:
             job.num_failures += job.is_suspect  # it was alone with this engine
             job.avoid, job.is_suspect = slot.index, True
             if job.num_failures >= self._policy.max_attempts:
-                rejected.append(await self._reject(job, "its engines died"))
+                rejected.append(self._reject(job, "its engines died"))
             else:
                 again.append(job)
-        await self._try_again(again)
+        self._try_again(again)
         await self._conclude(rejected)
 
-    async def _try_again(self, jobs: Sequence[Job]) -> None:
+    def _try_again(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
             self._renew(job)
         self._queue.put_back(jobs)
-        await self._notify()
+        self._changed.set()
 
     def _renew(self, job: Job) -> None:
         """The same prompt under a new key. The bytes stay reserved; who waits for it, waits on."""
@@ -229,9 +214,9 @@ class InferenceManager:
         if old in self._recaptures:
             self._recaptures[job.request.key] = self._recaptures.pop(old)
 
-    async def _reject(self, job: Job, reason: str) -> CaptureFailure:
+    def _reject(self, job: Job, reason: str) -> CaptureFailure:
         logger.warning("event=reject sample=%s reason=%s", job.request.key, reason)
-        await self.release([job.request.key])
+        self._free([job.request.key])
         return CaptureFailure(job.request.key, reason, "prompt")
 
     async def _conclude(self, results: Sequence[CaptureResult]) -> None:
@@ -257,22 +242,26 @@ class InferenceManager:
         if await slot.start(error):
             if error is not None:
                 self._note(Recovery(slot.name, str(error), time.monotonic() - since))
-            await self._notify()
+            self._changed.set()
             return True
         others = [other for other in self._slots if not other.is_given_up]
         if not others:
             raise GivenUpError(f"{slot.name}, the last one", str(error))
         others[0].garbage += slot.garbage
         slot.garbage = []
+        self._changed.set()  # what avoids another engine may have waited for this one
         return False
 
     # Towards the trainers
 
     async def release(self, keys: Sequence[SampleKey]) -> None:
         """Samples were read and freed: their bytes may be used again."""
+        self._free(keys)
+
+    def _free(self, keys: Sequence[SampleKey]) -> None:
         jobs = [self._held.pop(key) for key in keys]
         self._progress += len(jobs)
-        await self._budget.release(
+        self._budget.release(
             sum(self._reserved_bytes(job.request.prompt.num_tokens) for job in jobs)
         )
 
@@ -282,10 +271,10 @@ class InferenceManager:
         job.num_losses += 1
         self._progress += 1
         if job.num_losses > MAX_LOSSES:
-            return await self._reject(job, "lost from the store too often")
+            return self._reject(job, "lost from the store too often")
         asked: asyncio.Future[CaptureResult] = asyncio.get_running_loop().create_future()
         self._recaptures[ref.key] = asked
-        await self._try_again([job])
+        self._try_again([job])
         return await asked
 
     # Towards the driver

@@ -17,7 +17,7 @@ from torchspec_lib.errors import LedgerError
 
 
 class State(IntEnum):
-    """A position's way; it only ever moves down this list. The last two are final."""
+    """A position's way; it only ever moves down this list. The last three are final."""
 
     PENDING = 0
     CAPTURING = 1
@@ -25,6 +25,8 @@ class State(IntEnum):
     DISPATCHED = 3
     TRAINED = 4
     REJECTED = 5
+    NOT_TRAINED = 6
+    """Left when the training was stopped early."""
 
 
 _ALLOWED = {
@@ -34,22 +36,24 @@ _ALLOWED = {
     State.DISPATCHED: {State.TRAINED, State.REJECTED},
     State.TRAINED: set[State](),
     State.REJECTED: set[State](),
+    State.NOT_TRAINED: set[State](),
 }
+_STATES = tuple(State)
 
 
 class Ledger:
-    """Every position ends in exactly one of {trained, rejected with a reason}."""
+    """Every position ends in exactly one of {trained, rejected with a reason, not trained}."""
 
     def __init__(self, num_positions: int) -> None:
-        self._states = np.zeros(num_positions, np.int8)
-        self._counts = Counter({State.PENDING: num_positions})
+        self._states = bytearray(num_positions)
+        self._counts = [num_positions] + [0] * (len(State) - 1)
         self._reasons: dict[int, str] = {}
 
     def __len__(self) -> int:
         return len(self._states)
 
     def state(self, position: int) -> State:
-        return State(self._states[position])
+        return _STATES[self._states[position]]
 
     def count(self, state: State) -> int:
         return self._counts[state]
@@ -76,13 +80,19 @@ class Ledger:
         """Rejected positions by reason."""
         return dict(Counter(self._reasons.values()).most_common())
 
+    def leave_rest(self) -> None:
+        """The training was stopped early: nothing more happens to what isn't settled."""
+        for position, state in enumerate(self._states):
+            if state < State.TRAINED:
+                self._put(position, _STATES[state], State.NOT_TRAINED)
+
     def settle(self) -> None:
         """Check that the run is accounted for.
 
         Raises:
-            LedgerError: A position is neither trained nor rejected.
+            LedgerError: A position is neither trained nor rejected, nor left.
         """
-        open_states = {s.name: n for s, n in self._counts.items() if n and s < State.TRAINED}
+        open_states = {s.name: self.count(s) for s in State if s < State.TRAINED and self.count(s)}
         if open_states:
             raise LedgerError(
                 f"of {len(self)} prompts {self.count(State.TRAINED)} were trained and "

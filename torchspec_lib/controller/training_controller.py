@@ -54,11 +54,13 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True)
 class RunTotals:
-    """A settled run: ``num_trained + num_rejected`` is every prompt of every epoch."""
+    """A settled run: trained, rejected and not trained are every prompt of every epoch."""
 
     num_steps: int
     num_trained: int
     num_rejected: int
+    num_not_trained: int
+    """Left when the training was stopped early."""
     rejected: dict[str, int]
 
 
@@ -80,9 +82,12 @@ class TrainingController:
         self._prompts, self._schedule, self._note = prompts, schedule, note
         self._order = EpochOrder(len(prompts), schedule.seed)
         self._ledger = Ledger(len(prompts) * schedule.num_epochs)
-        self._taken = self._composed = (
+        self._taken = self._settled = (
             self._ledger.restore(resume_ledger) if resume_ledger is not None else 0
         )
+        """Positions handed out; and those before the first whose fate is open."""
+        self._batch: list[SampleRef] = []
+        """Of the next step, as far as it is there."""
         self._last_step = resume_step
         self._positions: dict[tuple[int, str], int] = {}
         self._ready: dict[int, SampleRef] = {}
@@ -97,6 +102,7 @@ class TrainingController:
         self._handed_out = resume_step
         """The last step that any rank has been given."""
         self._stop_after: int | None = None
+        self._is_settled = False
         self._beats: dict[int, tuple[float, str]] = {}
         self._error: TorchSpecError | None = None
         self._changed = asyncio.Condition()
@@ -105,6 +111,8 @@ class TrainingController:
 
     async def take(self, max_prompts: int) -> list[CaptureRequest]:
         """The next prompts to capture, in order; none when all were handed out."""
+        if self._is_settled:
+            return []
         end = min(self._taken + max_prompts, len(self._ledger))
         requests = [self._request(position) for position in range(self._taken, end)]
         self._taken = end
@@ -121,6 +129,8 @@ class TrainingController:
 
     async def deliver(self, results: Sequence[CaptureResult]) -> None:
         """Take what became of prompts, finally: a sample, or a failure that rejects it."""
+        if self._is_settled:
+            return  # the training was stopped before they were needed
         for result in results:
             if isinstance(result, SampleRef):
                 position = self._positions[result.key.epoch, result.key.prompt_id]
@@ -142,34 +152,29 @@ class TrainingController:
 
     def _compose(self) -> None:
         """Make every step whose samples are all there; the last one may be smaller."""
-        while (found := self._next_samples()) is not None:
-            positions, end = found
-            self._last_step += 1
-            samples = [self._ready.pop(position) for position in positions]
-            for position in positions:
-                self._ledger.move(position, State.DISPATCHED)
-            schedule = self._schedule
-            per_rank = split_step(samples, schedule.world_size, schedule.micro_batch_tokens)
-            self._manifests[self._last_step] = StepManifest(self._last_step, per_rank)
-            self._cursors[self._last_step] = self._composed = end
-
-    def _next_samples(self) -> tuple[list[int], int] | None:
-        """Positions of the next step, and where it ends; None while a sample is missing."""
-        positions: list[int] = []
-        for position in range(self._composed, len(self._ledger)):
-            state = self._ledger.state(position)
+        end, batch_size = len(self._ledger), self._schedule.global_batch_size
+        while self._settled < end:
+            state = self._ledger.state(self._settled)
             if state is State.READY:
-                positions.append(position)
+                self._ledger.move(self._settled, State.DISPATCHED)
+                self._batch.append(self._ready.pop(self._settled))
             elif state is not State.REJECTED:
-                return None
-            if len(positions) == self._schedule.global_batch_size:
-                return positions, position + 1
-        return (positions, len(self._ledger)) if positions else None
+                return
+            self._settled += 1
+            if len(self._batch) == batch_size or (self._batch and self._settled == end):
+                self._make_step()
+
+    def _make_step(self) -> None:
+        self._last_step += 1
+        schedule = self._schedule
+        per_rank = split_step(self._batch, schedule.world_size, schedule.micro_batch_tokens)
+        self._manifests[self._last_step] = StepManifest(self._last_step, per_rank)
+        self._cursors[self._last_step] = self._settled
+        self._batch = []
 
     @property
     def _all_composed(self) -> bool:
-        left = range(self._composed, len(self._ledger))
-        return all(self._ledger.state(position) is State.REJECTED for position in left)
+        return self._settled == len(self._ledger)
 
     async def next_step(self, rank: int, step: int) -> tuple[MicroBatch, ...] | None:
         """A rank's micro-batches of ``step``, once its samples are there; None past the end.
@@ -248,17 +253,24 @@ class TrainingController:
         )
         return Pulse(self._reported_step, ranks)
 
-    async def finish(self) -> RunTotals:
-        """Settle the accounts.
+    async def finish(self, stopped_early: bool = False) -> RunTotals:
+        """Settle the accounts, once no rank trains any more.
+
+        Args:
+            stopped_early: What is left is then no fault.
 
         Raises:
             LedgerError: A prompt is neither trained nor rejected.
         """
+        if stopped_early:
+            self._ledger.leave_rest()
         self._ledger.settle()
+        self._is_settled = True
         return RunTotals(
-            num_steps=self._last_step,
+            num_steps=self._reported_step,
             num_trained=self._ledger.count(State.TRAINED),
             num_rejected=self._ledger.count(State.REJECTED),
+            num_not_trained=self._ledger.count(State.NOT_TRAINED),
             rejected=self._ledger.rejections(),
         )
 

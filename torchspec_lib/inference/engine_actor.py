@@ -26,6 +26,16 @@ PASSING = (RecoverableError, StoreFullError, EngineError, torch.OutOfMemoryError
 """What another start may not meet again: a store or a peer that was away, memory that was used."""
 
 
+def engine_options(run: RunConfig) -> dict[str, int]:
+    """Ray's options for an ``EngineActor``, besides its place."""
+    inference = run.inference
+    # SGLang takes calls side by side. Those of a manager that is gone may be there still, and
+    # questions such as ``life`` mustn't wait for either.
+    num_threads = 1 if inference.engine == "hf" else 2 * inference.num_calls + 4
+    # Ray starts a dead one again, in its bundle; the manager says when it is enough.
+    return {"max_restarts": -1, "max_concurrency": num_threads}
+
+
 class EngineActor(RayActor):
     """One engine and its place in the store. Checked and ready once constructed.
 
@@ -97,12 +107,13 @@ class EngineActor(RayActor):
             StoreUnavailableError: What an earlier start left couldn't be freed.
         """
         self.ping()
-        self._fence.enter(start)
-        return self._engine.capture(requests)
+        with self._fence.capturing(start, [request.key for request in requests]):
+            return self._engine.capture(requests)
 
     def discard(self, keys: Sequence[SampleKey]) -> None:
-        """Free samples that nobody will read."""
+        """Free samples that nobody will read, those too that are just being captured."""
         self.ping()
+        self._fence.wait_for(keys)
         self._store.release(keys)
 
     def exit(self) -> None:

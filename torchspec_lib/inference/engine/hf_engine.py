@@ -87,8 +87,8 @@ class HFEngine:
             return {
                 "input_ids": ids,
                 "loss_mask": torch.tensor(prompt.loss_mask, dtype=torch.bool),
-                "aux_hidden_states": torch.cat(aux, dim=-1).cpu(),
-                "last_hidden_states": last.cpu(),
+                "aux_hidden_states": torch.cat(aux, dim=-1),
+                "last_hidden_states": last,
             }
 
     def self_check(self) -> SelfCheck:

@@ -29,6 +29,23 @@ class Part:
 WHOLE = Part()
 
 
+def generation_arguments(run: RunConfig, target: TargetSpec) -> dict[str, Any]:
+    """``ServerArgs`` of an engine that answers, on one node: with prefix cache and graphs.
+
+    On a GPU its cache of keys and values takes what memory there is.
+    """
+    arguments = engine_arguments(run, target, WHOLE)
+    arguments |= {
+        "disable_radix_cache": False,
+        "disable_overlap_schedule": False,
+        "sleep_on_idle": False,
+    }
+    if run.cluster.device != "cpu":
+        arguments["disable_cuda_graph"] = False
+        arguments.pop("max_total_tokens")
+    return arguments | run.inference.sglang.extra_args
+
+
 def engine_arguments(run: RunConfig, target: TargetSpec, part: Part) -> dict[str, Any]:
     """``ServerArgs`` of an engine, or of its part on one node.
 

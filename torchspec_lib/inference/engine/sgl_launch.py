@@ -1,10 +1,10 @@
-"""Starts SGLang with capture in its schedulers, and says why if it doesn't start."""
+"""Starts SGLang, with capture in its schedulers or as it is; says why if it doesn't start."""
 
 import importlib.metadata
 import logging
 import multiprocessing
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from multiprocessing.connection import Connection
@@ -55,20 +55,61 @@ def launch(settings: CaptureSettings, arguments: Mapping[str, Any], connection: 
         EngineError: It didn't start; its processes are gone.
         ConfigError: SGLang doesn't know an argument, or refuses its value.
     """
+    engine = _start(partial(run_scheduler, settings), arguments, partial(_last_words, connection))
+    settings.engine.close()  # so that reading ours ends when the scheduler does
+    return engine
+
+
+def launch_plain(arguments: Mapping[str, Any]) -> Any:
+    """An ``sgl.Engine`` that generates, its schedulers as SGLang's makers ship them.
+
+    Raises:
+        EngineError: It didn't start; its processes are gone.
+        ConfigError: SGLang doesn't know an argument, or refuses its value.
+    """
+    return _start(run_plain_scheduler, arguments, lambda: None)
+
+
+def run_plain_scheduler(*args: Any, **kwargs: Any) -> None:
+    """SGLang's scheduler process, as it is. Where chosen, on the CPU: by this module's imports."""
+    from sglang.srt.managers.scheduler import run_scheduler_process
+
+    run_scheduler_process(*args, **kwargs)
+
+
+def _start(
+    schedule: Callable[..., None],
+    arguments: Mapping[str, Any],
+    last_words: Callable[[], str | None],
+) -> Any:
+    """An engine whose schedulers are processes of ``schedule``."""
     from sglang.srt.entrypoints.engine import Engine
     from sglang.srt.utils import kill_process_tree
 
-    class CaptureEngine(Engine):
+    shared_memory: list[str] = []
+
+    class OwnEngine(Engine):
         """SGLang's engine with its processes started by our functions."""
 
-        run_scheduler_process_func = staticmethod(partial(run_scheduler, settings))
+        @classmethod
+        def _launch_scheduler_processes(
+            cls, server_args: Any, port_args: Any, *others: Any, **named: Any
+        ) -> Any:
+            """As SGLang does, which has it overridden by others; notes what a failure leaves."""
+            try:
+                return super()._launch_scheduler_processes(server_args, port_args, *others, **named)
+            finally:
+                shared_memory.extend(_shared_memory(port_args.instance_id))
+
+        run_scheduler_process_func = staticmethod(schedule)
         run_detokenizer_process_func = staticmethod(run_detokenizer)
 
     os.environ["SGLANG_BLOCK_NONZERO_RANK_CHILDREN"] = "0"  # else another node's part never returns
     with ExitStack() as undo, hold_port() as port:
+        undo.callback(_unlink, shared_memory)
         undo.callback(kill_process_tree, os.getpid(), include_parent=False)
         try:
-            engine = CaptureEngine(
+            engine = OwnEngine(
                 **arguments, nccl_port=port, custom_sigquit_handler=_leave_it_to_the_launch
             )
         except (TypeError, ValueError, AssertionError) as error:
@@ -76,22 +117,25 @@ def launch(settings: CaptureSettings, arguments: Mapping[str, Any], connection: 
                 "inference.sglang.extra_args", f"SGLang refuses them: {error}", "Correct them"
             ) from error
         except (RuntimeError, EOFError) as error:
-            cause = _last_words(connection) or str(error)
+            cause = last_words() or str(error)
             version = importlib.metadata.version("sglang")
             raise EngineError(f"sglang {version}", f"it didn't start: {cause}") from error
         undo.pop_all()
-    settings.engine.close()  # so that reading ours ends when the scheduler does
-    _unlink_shared_memory(engine)
+    # They have mapped it, and would leave the names when killed.
+    _unlink(_shared_memory(engine.port_args.instance_id))
     return engine
 
 
-def _unlink_shared_memory(engine: Any) -> None:
-    """Take the names of files that SGLang's processes have mapped, and would leave when killed."""
-    patterns = [f"sglang_loads_{engine.port_args.instance_id}_*"]
-    patterns += [f"sgl_shm_*_{child.pid}_*" for child in multiprocessing.active_children()]
+def _shared_memory(instance_id: str) -> list[str]:
+    """Patterns of the files that an engine's processes, those that run now, share memory by."""
+    pids = [child.pid for child in multiprocessing.active_children()]
+    return [f"sglang_loads_{instance_id}_*", *(f"sgl_shm_*_{pid}_*" for pid in pids)]
+
+
+def _unlink(patterns: Sequence[str]) -> None:
     for pattern in patterns:
         for path in Path("/dev/shm").glob(pattern):
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def shut_down(engine: Any) -> None:
