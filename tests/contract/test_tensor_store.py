@@ -156,6 +156,30 @@ def test_a_sample_belongs_to_its_reader(store: TensorStore):
     assert torch.equal(first, torch.zeros(4))
 
 
+def test_a_borrowed_sample_stays_as_it_is_until_it_is_given_back(store: TensorStore):
+    ref = store.put(new_key(), sample(1000, value=6))
+    with store.borrow(ref) as borrowed:
+        store.release([ref.key])
+        others = [store.put(new_key(), sample(1000, value=i)) for i in range(6)]
+        for other in others:
+            store.get(other, CPU)
+        assert list(borrowed) == ["x"]
+        assert torch.equal(borrowed["x"], sample(1000, value=6)["x"])
+    with pytest.raises(SampleLostError, match=str(ref.key)), store.borrow(ref):
+        pass
+    store.release([other.key for other in others])
+
+
+def test_as_many_samples_can_be_borrowed_as_one_likes_one_after_the_other(store: TensorStore):
+    ref = store.put(new_key(), sample(1000, value=2))
+    for _ in range(10):
+        with pytest.raises(KeyError), store.borrow(ref) as borrowed:
+            borrowed["a reader's own mistake"]
+    with store.borrow(ref) as borrowed:
+        assert (borrowed["x"] == 2).all()
+    store.release([ref.key])
+
+
 def test_a_sample_may_be_read_twice_until_it_is_released(store: TensorStore):
     ref = store.put(new_key(), sample(1000, value=3))
     store.get(ref, CPU)
@@ -299,6 +323,7 @@ def test_a_closed_store_refuses_every_call(subject: Subject):
     for call in (
         lambda: store.put(new_key(), sample(1000)),
         lambda: store.get(ref, CPU),
+        lambda: store.borrow(ref).__enter__(),
         lambda: store.release([ref.key]),
         lambda: store.release([]),
         lambda: store.clear("run"),

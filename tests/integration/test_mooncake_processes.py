@@ -1,5 +1,6 @@
 """Mooncake's processes: their start, their end, and what survives theirs."""
 
+import asyncio
 import multiprocessing
 import os
 import signal
@@ -12,7 +13,9 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -28,6 +31,7 @@ from torchspec_lib.transfer.mooncake.processes import (
     start_client,
     start_master,
 )
+from torchspec_lib.transfer.mooncake.touch import touch_segment
 from torchspec_lib.transfer.store import StoreAddress
 from torchspec_lib.types import SampleKey
 
@@ -258,3 +262,52 @@ def test_a_master_evicts_nothing_even_if_it_isnt_pinned_or_leased(stack: ExitSta
     assert 20 < len(stored) < 60
     assert [key for key in stored if client.get_size(key) != MIB] == []
     assert evicted_keys(master.endpoint().metrics) == 0
+
+
+def resident_bytes(pid: int) -> int:
+    return psutil.Process(pid).memory_info().rss
+
+
+def test_a_touched_segment_is_in_memory_and_empty_up_to_half_of_what_is_free(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+):
+    master = start_master(HOST)
+    stack.callback(master.process.stop)
+    client = start_client(HOST, master.endpoint.rpc, 64 * MIB)
+    stack.callback(client.process.stop)
+    before = resident_bytes(client.process.pid)
+    with monkeypatch.context() as small_machine:
+        memory = SimpleNamespace(available=50 * MIB)
+        small_machine.setattr(psutil, "virtual_memory", lambda: memory)
+        assert touch_segment(client.address, master.endpoint.metrics) == 24 * MIB
+    assert 24 * MIB <= resident_bytes(client.process.pid) - before < 64 * MIB
+    assert touch_segment(client.address, master.endpoint.metrics) == 64 * MIB
+    assert resident_bytes(client.process.pid) - before >= 64 * MIB
+    assert allocated_bytes(master.endpoint.metrics) == 0
+
+
+def test_touching_stops_where_others_put_and_leaves_them_theirs(stack: ExitStack):
+    master = MooncakeMaster(HOST, *PATIENCE)
+    stack.callback(master.stop)
+    client = MooncakeClient(HOST, master.endpoint().rpc, 32 * MIB, TransferConfig(), *PATIENCE)
+    stack.callback(client.stop)
+    store = connect(store_address(master, client), HOST, owns_memory=False)
+    stack.callback(store.close)
+    ref = store.put(new_key(), {"x": torch.full((1000,), 3)})
+    held = allocated_bytes(master.endpoint().metrics)
+    assert touch_segment(client.address(), master.endpoint().metrics) == 0
+    assert allocated_bytes(master.endpoint().metrics) == held
+    assert (store.get(ref, CPU)["x"] == 3).all()
+
+
+def test_a_client_that_cant_be_touched_goes_on(stack: ExitStack, caplog: pytest.LogCaptureFixture):
+    master = MooncakeMaster(HOST, *PATIENCE)
+    stack.callback(master.stop)
+    client = MooncakeClient(HOST, master.endpoint().rpc, 32 * MIB, TransferConfig(), *PATIENCE)
+    stack.callback(client.stop)
+    asyncio.run(client.touch("127.0.0.1:1"))
+    assert "event=untouched" in caplog.text
+    asyncio.run(client.touch(master.endpoint().metrics))
+    store = connect(store_address(master, client), HOST, owns_memory=False)
+    stack.callback(store.close)
+    store.put(new_key(), {"x": torch.zeros(1000)})

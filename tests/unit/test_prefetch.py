@@ -142,11 +142,11 @@ class FlakyStore(MemoryStore):
         super().__init__(**kwargs)
         self.num_refusals = num_refusals
 
-    def get(self, ref, device):
+    def borrow(self, ref):
         if self.num_refusals:
             self.num_refusals -= 1
             raise StoreUnavailableError("get", "it is away")
-        return super().get(ref, device)
+        return super().borrow(ref)
 
 
 def test_a_store_that_is_away_for_a_while_is_waited_for():
@@ -256,6 +256,19 @@ def test_a_sample_that_is_lost_for_good_is_rejected_and_its_micro_batch_stays(st
     assert (failure.key.prompt_id, failure.reason) == ("lost", "gone")
     assert [batch.num_tokens for batch in step.batches] == [3, 1]
     assert not step.batches[1].loss_mask_T.any()
+
+
+def test_a_sample_that_is_lost_for_good_leaves_no_gap_among_its_neighbours(store):
+    first, lost, last = _put(store, "a", 3, 1), _put(store, "b", 2, 2), _put(store, "c", 4, 3)
+    store.release([lost.key])
+    control = Control(store, {1: ((first, lost, last),)}, rejects=True)
+    with _prefetcher(control, store) as prefetcher:
+        [step] = list(prefetcher)
+    [batch] = step.batches
+    assert batch.doc_starts == (0, 3, 7)
+    assert batch.input_ids_T.tolist() == [1] * 3 + [3] * 4
+    assert batch.aux_states_TA[:, 0].tolist() == [1.0] * 3 + [3.0] * 4
+    assert batch.last_states_TH.shape == (7, HIDDEN)
 
 
 class FailingControl(Control):

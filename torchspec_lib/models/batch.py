@@ -6,7 +6,6 @@ concatenated auxiliary states (n * Ht), ``H`` here the target's hidden size.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from torchspec_lib.models.chains import Chains, find_chains, recorded
 
 _INT_DTYPES = (torch.int32, torch.int64)
+_COLUMNS = ("input_ids", "loss_mask", "aux_hidden_states", "last_hidden_states")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,48 +76,74 @@ class PackedBatch:
         )
 
 
-def pack(samples: Sequence[Mapping[str, Tensor]], pin_memory: bool = False) -> PackedBatch:
-    """Pack samples as the store hands them out (see ``types.SampleRef``), in this order.
+class BatchBuilder:
+    """Packs samples as they come: each is copied once, when it is added, to where it stays."""
 
-    Args:
-        samples: At least one.
-        pin_memory: Into page-locked memory, with no copy in between.
+    def __init__(self, num_tokens: int, pin_memory: bool = False) -> None:
+        """Room for ``num_tokens``, in page-locked memory if told."""
+        self._room, self._pin_memory = num_tokens, pin_memory
+        self._columns: dict[str, Tensor] = {}
+        self._doc_starts = [0]
+
+    @property
+    def num_samples(self) -> int:
+        return len(self._doc_starts) - 1
+
+    def add(self, sample: Mapping[str, Tensor]) -> None:
+        """Append a sample as the store hands it out (see ``types.SampleRef``).
+
+        Raises:
+            ValueError: Its tensors don't fit each other, its neighbours or the room.
+        """
+        if not self._columns:
+            self._columns = {name: self._column(name, sample[name]) for name in _COLUMNS}
+        _check(self.num_samples, sample, self._columns)
+        start = self._doc_starts[-1]
+        end = start + len(sample["input_ids"])
+        if end > self._room:
+            raise ValueError(f"sample {self.num_samples} makes {end} tokens of {self._room}")
+        for name, column in self._columns.items():
+            column[start:end].copy_(sample[name])
+        self._doc_starts.append(end)
+
+    def build(self) -> PackedBatch:
+        """The samples so far.
+
+        Raises:
+            ValueError: There are none.
+        """
+        if not self.num_samples:
+            raise ValueError("no samples to pack: a rank without any takes empty_batch()")
+        doc_starts = tuple(self._doc_starts)
+        ids_T, loss_mask_T, aux_TA, last_TH = (
+            self._columns[name][: doc_starts[-1]] for name in _COLUMNS
+        )
+        chains = find_chains(loss_mask_T, doc_starts)
+        return PackedBatch(
+            ids_T,
+            loss_mask_T,
+            aux_TA,
+            last_TH,
+            doc_starts,
+            chains.pin_memory() if self._pin_memory else chains,
+        )
+
+    def _column(self, name: str, like: Tensor) -> Tensor:
+        dtype = torch.int64 if name == "input_ids" else like.dtype
+        shape = (self._room, *like.shape[1:])
+        return torch.empty(shape, dtype=dtype, pin_memory=self._pin_memory)
+
+
+def pack(samples: Sequence[Mapping[str, Tensor]], pin_memory: bool = False) -> PackedBatch:
+    """Pack samples in this order, into page-locked memory if told.
 
     Raises:
         ValueError: No samples, or one whose tensors don't fit each other or its neighbours.
     """
-    if not samples:
-        raise ValueError("no samples to pack: a rank without any takes empty_batch()")
-    widths = samples[0]["aux_hidden_states"].shape[-1], samples[0]["last_hidden_states"].shape[-1]
-    for i, sample in enumerate(samples):
-        _check(i, sample, *widths)
-    lengths = [len(sample["input_ids"]) for sample in samples]
-    doc_starts = tuple(accumulate(lengths, initial=0))
-    loss_mask_T = _joined(samples, "loss_mask", pin_memory)
-    chains = find_chains(loss_mask_T, doc_starts)
-    return PackedBatch(
-        _joined(samples, "input_ids", pin_memory, torch.int64),
-        loss_mask_T,
-        _joined(samples, "aux_hidden_states", pin_memory),
-        _joined(samples, "last_hidden_states", pin_memory),
-        doc_starts,
-        chains.pin_memory() if pin_memory else chains,
-    )
-
-
-def _joined(
-    samples: Sequence[Mapping[str, Tensor]],
-    name: str,
-    pin_memory: bool,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """Copied once, to where it stays."""
-    parts = [sample[name] for sample in samples]
-    num_rows = sum(map(len, parts))
-    out = torch.empty(
-        (num_rows, *parts[0].shape[1:]), dtype=dtype or parts[0].dtype, pin_memory=pin_memory
-    )
-    return torch.cat(parts, out=out)
+    builder = BatchBuilder(sum(len(sample["input_ids"]) for sample in samples), pin_memory)
+    for sample in samples:
+        builder.add(sample)
+    return builder.build()
 
 
 def empty_batch(aux_width: int, hidden: int, dtype: torch.dtype) -> PackedBatch:
@@ -131,19 +157,14 @@ def empty_batch(aux_width: int, hidden: int, dtype: torch.dtype) -> PackedBatch:
     )
 
 
-def _check(index: int, sample: Mapping[str, Tensor], aux_width: int, hidden: int) -> None:
+def _check(index: int, sample: Mapping[str, Tensor], columns: Mapping[str, Tensor]) -> None:
     num_tokens = sample["input_ids"].shape[0]
-    expected = {
-        "input_ids": (num_tokens,),
-        "loss_mask": (num_tokens,),
-        "aux_hidden_states": (num_tokens, aux_width),
-        "last_hidden_states": (num_tokens, hidden),
-    }
-    for name, shape in expected.items():
-        if tuple(sample[name].shape) != shape or num_tokens == 0:
+    for name, column in columns.items():
+        expected = (num_tokens, *column.shape[1:])
+        if tuple(sample[name].shape) != expected or num_tokens == 0:
             raise ValueError(
-                f"sample {index}: {name} has shape {list(sample[name].shape)}, not {list(shape)} "
-                "of at least one token"
+                f"sample {index}: {name} has shape {list(sample[name].shape)}, not "
+                f"{list(expected)} of at least one token"
             )
     if sample["loss_mask"].dtype != torch.bool or sample["input_ids"].dtype not in _INT_DTYPES:
         raise ValueError(

@@ -12,22 +12,17 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-
 from torchspec_lib.errors import SampleLostError, StoreUnavailableError
-from torchspec_lib.models.batch import PackedBatch, pack
+from torchspec_lib.models.batch import BatchBuilder, PackedBatch
 from torchspec_lib.training.control import TrainingControl
 from torchspec_lib.transfer.store import TensorStore
 from torchspec_lib.types import CaptureFailure, CaptureResult, MicroBatch, SampleKey, SampleRef
 
 logger = logging.getLogger(__name__)
 
-_CPU = torch.device("cpu")
 _JOIN_TIMEOUT_S = 5.0
 _GET_ATTEMPTS = 3
 """For a store that doesn't answer; each waits as long as its programs take to come back."""
-
-Sample = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,8 +128,10 @@ class Prefetcher:
         fetched = _Fetched()
         batches = []
         for refs in micro_batches:
-            samples = [self._fetch(ref, fetched) for ref in refs]
-            batches.append(self._pack([sample for sample in samples if sample is not None]))
+            batch = BatchBuilder(sum(ref.num_tokens for ref in refs), self._pin_memory)
+            for ref in refs:
+                self._fetch(ref, batch, fetched)
+            batches.append(batch.build() if batch.num_samples else self._empty)
         keys = [ref.key for ref in fetched.refs]
         if keys or fetched.lost:
             # What is left of a lost sample goes too; its bytes moved on to the next attempt.
@@ -160,12 +157,12 @@ class Prefetcher:
         else:
             self._unreleased.clear()
 
-    def _fetch(self, ref: SampleRef, fetched: _Fetched) -> Sample | None:
+    def _fetch(self, ref: SampleRef, batch: BatchBuilder, fetched: _Fetched) -> None:
         """Copy a sample out. A lost one is captured again, until it is there or rejected."""
         current: CaptureResult = ref
         while isinstance(current, SampleRef):
             try:
-                sample = self._get(current)
+                self._copy(current, batch)
             except SampleLostError as error:
                 logger.warning("event=lost sample=%s error=%s", current.key, error)
                 fetched.lost.append(current.key)
@@ -173,23 +170,22 @@ class Prefetcher:
                 current = self._control.recapture(current)
             else:
                 fetched.refs.append(current)
-                return sample
+                return
         fetched.rejected.append(current)
-        return None
 
-    def _get(self, ref: SampleRef) -> Sample:
+    def _copy(self, ref: SampleRef, batch: BatchBuilder) -> None:
         """Copy a sample out, also if the store doesn't answer for a while.
 
         Raises:
             SampleLostError: It isn't there any more.
             StoreUnavailableError: The store stays away, for this rank at least.
         """
-        for _ in range(_GET_ATTEMPTS - 1):
+        for attempt in range(1, _GET_ATTEMPTS + 1):
             try:
-                return self._store.get(ref, _CPU)
+                with self._store.borrow(ref) as sample:
+                    batch.add(sample)
+                return
             except StoreUnavailableError as error:
+                if attempt == _GET_ATTEMPTS:
+                    raise
                 logger.warning("event=store_away sample=%s error=%s", ref.key, error)
-        return self._store.get(ref, _CPU)
-
-    def _pack(self, samples: Sequence[Sample]) -> PackedBatch:
-        return pack(samples, self._pin_memory) if samples else self._empty

@@ -1,7 +1,8 @@
 """The reference store: samples in this process's memory. For tests, and to say what is meant."""
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -38,11 +39,17 @@ class MemoryStore:
         return SampleRef(key, num_bytes, num_tokens, specs)
 
     def get(self, ref: SampleRef, device: torch.device) -> dict[str, torch.Tensor]:
+        with self.borrow(ref) as tensors:
+            return {name: _copy(tensor, device) for name, tensor in tensors.items()}
+
+    @contextmanager
+    def borrow(self, ref: SampleRef) -> Iterator[Mapping[str, torch.Tensor]]:
         with self._lock:
             self._check_open("get")
             if ref.key not in self._samples:
                 raise SampleLostError(str(ref.key), "the store doesn't have it")
-            return {name: _copy(t, device) for name, t in self._samples[ref.key].items()}
+            sample = self._samples[ref.key]
+        yield sample
 
     def release(self, keys: Sequence[SampleKey]) -> None:
         with self._lock:

@@ -1,6 +1,7 @@
 """The store between engines and trainers, as both sides see it."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +30,19 @@ class TensorStore(Protocol):
 
     def get(self, ref: SampleRef, device: torch.device) -> dict[str, torch.Tensor]:
         """The sample's tensors, bit for bit; they belong to the reader.
+
+        Raises:
+            SampleLostError: It isn't there, or isn't whole.
+            StoreUnavailableError: The store didn't answer.
+        """
+        ...
+
+    def borrow(self, ref: SampleRef) -> AbstractContextManager[Mapping[str, torch.Tensor]]:
+        """The sample's tensors where they lie in host memory, uncopied, until the context ends.
+
+        They are to be read only. A reader holds one sample at a time, copies what it keeps and
+        doesn't close the store meanwhile: the memory is one of few buffers, which puts and other
+        reads of this process need too.
 
         Raises:
             SampleLostError: It isn't there, or isn't whole.

@@ -8,8 +8,10 @@ The actors are asynchronous for ``watch``: it waits as long as the run, beside o
 """
 
 import asyncio
+import logging
 
 from torchspec_lib.config.inference import TransferConfig
+from torchspec_lib.errors import StoreUnavailableError
 from torchspec_lib.transfer.mooncake.managed_process import ManagedProcess
 from torchspec_lib.transfer.mooncake.processes import (
     MasterEndpoint,
@@ -17,8 +19,11 @@ from torchspec_lib.transfer.mooncake.processes import (
     start_client,
     start_master,
 )
+from torchspec_lib.transfer.mooncake.touch import touch_segment
 from torchspec_lib.transfer.mooncake.watch import Patience, Watch
 from torchspec_lib.types import Recovery
+
+logger = logging.getLogger(__name__)
 
 _MASTER_PAUSE_S = 0.5
 _CLIENT_PAUSE_S = 10.0
@@ -106,3 +111,13 @@ class MooncakeClient(_Program):
     def address(self) -> str:
         """``ip:port``."""
         return self._address
+
+    async def touch(self, metrics: str) -> None:
+        """Have its memory ready before the first samples come; see ``touch_segment``.
+
+        ``metrics`` is the master's HTTP, ``ip:port``. Puts work without it, if slower at first.
+        """
+        try:
+            await asyncio.to_thread(touch_segment, self._address, metrics)
+        except StoreUnavailableError as error:
+            logger.warning("event=untouched client=%s error=%s", self._address, error)

@@ -1,6 +1,7 @@
 """Mooncake's two programs: the master, and a client that owns memory. And what they report."""
 
 import errno
+import json
 import logging
 import secrets
 import socket
@@ -106,7 +107,7 @@ def start_client(
     Args:
         host: The address that other nodes reach this one by.
         master: The master's RPC, ``ip:port``.
-        segment_bytes: At least 16 MiB. Taken from the system as samples come in.
+        segment_bytes: At least 16 MiB. Taken from the system where it is written to.
         protocol: ``tcp`` or ``rdma``, between nodes.
         device_name: The RDMA devices, comma-separated.
 
@@ -161,6 +162,31 @@ def evicted_keys(metrics: str) -> int:
 def allocated_bytes(metrics: str) -> int:
     """Bytes of the store that samples take now."""
     return _metric(metrics, "master_allocated_bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Memory that a process lends to the store."""
+
+    name: str
+    num_bytes: int
+
+
+def segment_of(host: str, metrics: str) -> Segment:
+    """The segment that the process on ``host`` lends, as the master at ``metrics`` knows it.
+
+    Raises:
+        StoreUnavailableError: The master doesn't answer, or knows of none.
+    """
+    for segment in json.loads(_http_get(metrics, "/get_segments_detail"))["segments"]:
+        if segment["segment_name"].startswith(f"{host}:"):
+            return Segment(segment["segment_name"], segment["size_bytes"])
+    raise StoreUnavailableError(f"segments at {metrics}", f"none is lent by {host}")
+
+
+def used_bytes(segment: Segment, metrics: str) -> int:
+    """Bytes of ``segment`` that samples take now."""
+    return _metric(metrics, f'segment_allocated_bytes{{segment="{segment.name}"}}')
 
 
 def _start(

@@ -117,6 +117,15 @@ class MooncakeStore:
 
     def get(self, ref: SampleRef, device: torch.device) -> dict[str, torch.Tensor]:
         """See ``TensorStore.get``."""
+        with self.borrow(ref) as borrowed:
+            tensors = {name: view.to(device, copy=True) for name, view in borrowed.items()}
+            if device.type == "cuda":
+                torch.cuda.current_stream(device).synchronize()
+            return tensors
+
+    @contextmanager
+    def borrow(self, ref: SampleRef) -> Iterator[Mapping[str, torch.Tensor]]:
+        """See ``TensorStore.borrow``. The memory is one of the buffers."""
         key, patience = str(ref.key), {**self._until_answered, _TRANSFER_FAILED: _TRANSFER_RETRY_S}
         with self._call("get"), self._buffer() as buffer:
             code = self._ask(
@@ -126,11 +135,7 @@ class MooncakeStore:
                 raise SampleLostError(key, f"Mooncake's code is {code}")
             if code < 0:
                 raise unavailable(f"get of {key}", code)
-            views = unpack(buffer[:code], ref)
-            tensors = {name: view.to(device, copy=True) for name, view in views.items()}
-            if device.type == "cuda":
-                torch.cuda.current_stream(device).synchronize()
-            return tensors
+            yield unpack(buffer[:code], ref)
 
     def release(self, keys: Sequence[SampleKey]) -> None:
         """See ``TensorStore.release``."""
