@@ -19,12 +19,14 @@ from torchspec_lib.controller.limits import CapturePolicy
 from torchspec_lib.controller.training_controller import RunTotals, Schedule
 from torchspec_lib.errors import GivenUpError, TorchSpecError
 from torchspec_lib.plan import ClusterPlan
+from torchspec_lib.ray.cluster import lost_nodes
 from torchspec_lib.ray.failures import get
 from torchspec_lib.ray.placement_group import Slot, driver_actor
 from torchspec_lib.ray.train_group import RayTrainGroup
 from torchspec_lib.ray.watchdog import Watchdog
 from torchspec_lib.results import DatasetManifest
 from torchspec_lib.run_folder import RunFolder
+from torchspec_lib.snapshots.selection import SnapshotSelection
 from torchspec_lib.target import TargetSpec, read_target
 from torchspec_lib.training import checkpoint_files
 from torchspec_lib.training.trainer_actor import TrainerActor, TrainerSpec
@@ -60,6 +62,13 @@ class Standing:
     training_slots: Sequence[Slot]
     address: StoreAddress
     store_actors: Sequence[Any]
+    decoder: Any | None
+    """Of snapshots, if there are any."""
+
+    def lost_nodes(self) -> list[str]:
+        """Addresses of nodes that are gone, and that every attempt needs; the driver's is one."""
+        needed = {slot.node_id for slot in self.training_slots}
+        return lost_nodes(needed | {ray.get_runtime_context().get_node_id()})
 
 
 class Attempt:
@@ -80,6 +89,7 @@ class Attempt:
         self.resume_step = resume_step
         self._timeout_s = inputs.run.recovery.hang_timeout_s
         self._running: list[Any] = []
+        self._stopped_early = False
 
     @classmethod
     def start(cls, inputs: RunInputs, standing: Standing, number: int) -> Self:
@@ -103,7 +113,12 @@ class Attempt:
             step, ledger = checkpoint_files.position(resume_from)
             inputs.folder.keep_metrics_until(step)
             controller = driver_actor(AsyncTrainingController).remote(
-                str(inputs.dataset_dir), inputs.folder, _schedule(inputs, number), step, ledger
+                str(inputs.dataset_dir),
+                inputs.folder,
+                _schedule(inputs, number),
+                inputs.run.snapshots.num_set_aside,
+                step,
+                ledger,
             )
             stack.callback(ray.kill, controller)
             manager = driver_actor(AsyncInferenceManager).remote(
@@ -112,12 +127,18 @@ class Attempt:
             stack.callback(ray.kill, manager)
             return cls(stack.pop_all(), inputs, trainers, controller, manager, step)
 
-    def follow(self, on_steps: Callable[[], None], store_watches: Sequence[Any]) -> None:
+    def follow(
+        self,
+        on_steps: Callable[[], None],
+        store_watches: Sequence[Any],
+        snapshots: SnapshotSelection,
+    ) -> None:
         """Show finished steps until every rank is done; raise what ends the attempt early.
 
         Args:
             on_steps: Called when steps are finished.
             store_watches: Calls that end only with a part of the store.
+            snapshots: Kept at work; they may stop the training early.
 
         Raises:
             WorkerLostError: A part died or hangs.
@@ -130,7 +151,8 @@ class Attempt:
         num_seen, news = 0, self._controller.progress.remote(0)
         with _progress_bar(self._inputs.plan.num_steps, self.resume_step) as bar:
             while self._running or num_seen < self._num_steps_taken():
-                refs = [news, capturing, *store_watches, *self._running]
+                self._stop_if(snapshots.is_over(self.resume_step + num_seen))
+                refs = [news, capturing, *store_watches, *self._running, *snapshots.calls]
                 done, _ = ray.wait(refs, num_returns=1, timeout=watchdog.interval_s)
                 if not done:
                     watchdog.check()
@@ -138,11 +160,20 @@ class Attempt:
                     num_seen += _show(get(news), bar)
                     news = self._controller.progress.remote(num_seen)
                     on_steps()
+                elif done[0] in snapshots.calls:
+                    snapshots.take()
                 elif done[0] in self._running:
                     self._trainers.wait(done)
                     self._running.remove(done[0])
                 else:
                     _raise_end(done[0], store_watches)
+
+    def _stop_if(self, is_over: bool) -> None:
+        """Have the ranks end after the step that they have been given last."""
+        if is_over and not self._stopped_early:
+            tqdm.write("  stopping early: the snapshots have not become better")
+            self._controller.stop.remote()
+            self._stopped_early = True
 
     def _num_steps_taken(self) -> int:
         """Of this attempt, once all ranks are through."""
@@ -154,7 +185,7 @@ class Attempt:
         Raises:
             LedgerError: A prompt is neither trained nor rejected.
         """
-        call = self._controller.finish.remote()
+        call = self._controller.finish.remote(self._stopped_early)
         totals: RunTotals = get(call, self._timeout_s, "the controller")
         return totals
 
@@ -219,14 +250,7 @@ def _schedule(inputs: RunInputs, number: int) -> Schedule:
 
 
 def _policy(inputs: RunInputs) -> CapturePolicy:
-    run = inputs.run
-    return CapturePolicy(
-        max_in_flight_bytes=inputs.plan.max_in_flight_bytes,
-        request_size=run.inference.request_size,
-        max_attempts=run.inference.max_attempts,
-        max_restarts=run.recovery.max_restarts,
-        hang_timeout_s=run.recovery.hang_timeout_s,
-    )
+    return CapturePolicy.of(inputs.run, inputs.plan.max_in_flight_bytes)
 
 
 def _trainer_specs(
@@ -247,6 +271,7 @@ def _trainer_specs(
             folder=inputs.folder,
             resume_from=None if resume_from is None else str(resume_from),
             continual_from=continual_from,
+            decoded_steps=tuple(result.step for result in inputs.folder.read_snapshots()),
         )
         for rank in range(training.world_size)
     ]

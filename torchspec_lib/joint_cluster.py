@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from torchspec_lib.attempt import RunInputs, Standing
 from torchspec_lib.config.run import RunConfig
-from torchspec_lib.inference.engine_actor import EngineActor
+from torchspec_lib.inference.engine_actor import EngineActor, engine_options
 from torchspec_lib.inference.factory import EngineSpec
 from torchspec_lib.plan import ClusterPlan
 from torchspec_lib.ray.cluster import ray_session
@@ -27,6 +27,7 @@ from torchspec_lib.ray.placement_group import (
     driver_actor,
 )
 from torchspec_lib.results import DatasetManifest, TrainSummary
+from torchspec_lib.snapshots.decoder import DecoderSpec, SnapshotDecoder
 from torchspec_lib.training_run import TrainingRun
 from torchspec_lib.transfer.mooncake.master import MooncakeClient, MooncakeMaster
 from torchspec_lib.transfer.store import StoreAddress
@@ -77,14 +78,15 @@ def _bring_up(stack: ExitStack, inputs: RunInputs) -> TrainingRun:
     address, store_actors = _start_store(stack, inputs, placement)
     _phase(f"starting {plan.num_engines} engine(s) and {run.training.world_size} trainer rank(s)")
     engines = _start_engines(stack, inputs, placement, address)
-    standing = Standing(engines, placement.training, address, store_actors)
     if run.inference.engine == "sglang" and run.cluster.placement == "colocate":
-        # It takes a share of what it finds free: trainers come to what it has left.
+        # It takes a share of what it finds free: the others come to what it has left.
         get([engine.ping.remote() for engine in engines])
+    decoder = _start_decoder(stack, inputs, placement)
+    standing = Standing(engines, placement.training, address, store_actors, decoder)
     training = TrainingRun(inputs, standing)
     stack.callback(training.close)
     training.start()
-    get([engine.ping.remote() for engine in engines])
+    get([actor.ping.remote() for actor in [*engines, *([] if decoder is None else [decoder])]])
     _phase(f"everything is up after {time.monotonic() - start:.0f} s")
     return training
 
@@ -116,6 +118,7 @@ def _start_store(
             actors.append(client)
             stack.callback(_end, client, "stop")
             clients[node_ip] = get(client.address.remote())
+            client.touch.remote(endpoint.metrics)  # beside what starts next; nobody waits for it
     address = StoreAddress(
         run_id=inputs.folder.run_id,
         mode=run.transfer.mode,
@@ -139,12 +142,31 @@ def _start_engines(
     num_parts = inputs.run.inference.num_nodes_per_engine
     for rank, (slot, *others) in enumerate(placement.engines(num_parts)):
         spec = EngineSpec(inputs.run, inputs.target, rank, address)
-        # Ray starts a dead one again, in its bundle; the manager says when it is enough.
-        options = slot.options("inference") | {"max_restarts": -1}
+        options = slot.options("inference") | engine_options(inputs.run)
         engine = engine_class.options(**options).remote(spec, others)
         stack.callback(_end, engine, "exit")
         engines.append(engine)
     return engines
+
+
+def _start_decoder(stack: ExitStack, inputs: RunInputs, placement: Placement) -> Any | None:
+    """The decoder of snapshots, on its way up, if there are to be any."""
+    if not placement.decoding:
+        return None
+    [slot] = placement.decoding
+    spec = DecoderSpec(
+        inputs.run, inputs.target, inputs.plan.weight_bytes, str(inputs.dataset_dir), inputs.folder
+    )
+    options = slot.options("decoding") | {
+        # Ray starts a dead one again, and has it do again what it was at.
+        "max_restarts": inputs.run.recovery.max_restarts,
+        "max_task_retries": -1,
+        "max_concurrency": 2,
+    }
+    decoder_class: Any = ray.remote(SnapshotDecoder)
+    decoder = decoder_class.options(**options).remote(spec)
+    stack.callback(ray.kill, decoder)
+    return decoder
 
 
 def _end(actor: Any, farewell: str) -> None:

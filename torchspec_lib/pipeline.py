@@ -15,6 +15,7 @@ from torchspec_lib.config.settings import find_path
 from torchspec_lib.errors import ConfigError
 from torchspec_lib.plan import ClusterPlan, make_plan
 from torchspec_lib.ray.capacity import Node, missing_resources, placement_error
+from torchspec_lib.registry.hub import check_access
 from torchspec_lib.results import DatasetManifest
 from torchspec_lib.run_folder import continual_fingerprint
 from torchspec_lib.target import TargetSpec, aux_layer_ids, read_target
@@ -37,6 +38,7 @@ def preflight(run: RunConfig, nodes: Sequence[Node] | None = None) -> TargetSpec
         ConfigError: A setting is impossible, with its full path and what to change.
         PlacementError: More GPUs are asked for than there are.
     """
+    check_access(run.registry)
     target = read_target(run.model)
     aux_layer_ids(run.draft, target)
     if run.cluster.placement.startswith("debug_"):
@@ -67,7 +69,14 @@ def provision(
         PlacementError: The cluster can't hold the plan.
     """
     target = preflight(run, nodes)
-    plan = make_plan(run, target, manifest.num_prompts, manifest.longest)
+    num_aside = run.snapshots.num_set_aside
+    if 2 * num_aside > manifest.num_prompts:
+        raise ConfigError(
+            "snapshots.num_prompts",
+            f"{num_aside} prompts set aside are more than half of all {manifest.num_prompts}",
+            "Lower it, add conversations, or leave out snapshots",
+        )
+    plan = make_plan(run, target, manifest.num_prompts - num_aside, manifest.longest)
     _check_room(plan, nodes)
     return plan
 
@@ -123,8 +132,11 @@ def _check_machine(plan: ClusterPlan) -> None:
 
 def _host_bytes(plan: ClusterPlan) -> int:
     """Host memory of a run on one node: processes, the store, and weights that aren't on a GPU."""
+    num_decoders = sum("decoding" in bundle.roles for bundle in plan.bundles)
     num_engine_actors = max(plan.num_engines, len(plan.inference_bundles))
     num_actors = num_engine_actors + len(plan.training_bundles)
-    weights = plan.num_engines * plan.weight_bytes if plan.device == "cpu" else 0
+    num_targets = plan.num_engines + num_decoders
+    weights = num_targets * plan.weight_bytes if plan.device == "cpu" else 0
     buffers = 4 * num_actors * plan.sample_bytes
-    return num_actors * PROCESS_BYTES + plan.segment_bytes + buffers + weights
+    processes = (num_actors + num_decoders) * PROCESS_BYTES
+    return processes + plan.segment_bytes + buffers + weights

@@ -23,11 +23,14 @@ MIN_SAMPLE_TOKENS = 32
 """An engine's self-check stores as many."""
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-Role = Literal["training", "inference"]
+Role = Literal["training", "inference", "decoding"]
 
 
 class Bundle(Settings):
-    """Resources of one actor, or in colocation of a trainer and an engine together."""
+    """Resources of one actor, or in colocation of those that share them.
+
+    ``decoding`` is the decoder's of snapshots.
+    """
 
     roles: tuple[Role, ...]
     num_cpus: int
@@ -42,6 +45,8 @@ class ClusterPlan(Settings):
     training_bundles: tuple[Bundle, ...]
     inference_bundles: tuple[Bundle, ...]
     """Empty in colocation, where the training bundles hold the engines too."""
+    decoding_bundles: tuple[Bundle, ...] = ()
+    """One where snapshots are decoded; in colocation the first training bundle holds that too."""
     training_num_nodes: int
     inference_num_nodes: int
     num_engines: int
@@ -56,7 +61,7 @@ class ClusterPlan(Settings):
 
     @property
     def bundles(self) -> tuple[Bundle, ...]:
-        return self.training_bundles + self.inference_bundles
+        return self.training_bundles + self.inference_bundles + self.decoding_bundles
 
     @property
     def num_gpus(self) -> int:
@@ -99,6 +104,7 @@ def make_plan(run: RunConfig, target: TargetSpec, num_prompts: int, longest: int
         placement=run.cluster.placement,
         training_bundles=training,
         inference_bundles=inference,
+        decoding_bundles=decoding_bundles_of(run),
         training_num_nodes=run.training.training_num_nodes if training else 0,
         inference_num_nodes=_num_inference_nodes(run) if inference else 0,
         num_engines=run.inference.num_engines,
@@ -158,7 +164,11 @@ def bundles_of(run: RunConfig) -> tuple[tuple[Bundle, ...], tuple[Bundle, ...]]:
                 "Use 'separate', or leave out inference.sglang.tp_size and nnodes",
             )
         shared = Bundle(roles=("training", "inference"), num_cpus=2, num_gpus=int(on_gpu))
-        return (shared,) * run.training.world_size, ()
+        bundles = [shared] * run.training.world_size
+        if run.snapshots.interval_steps is not None:
+            roles = (*shared.roles, "decoding")
+            bundles[0] = Bundle(roles=roles, num_cpus=3, num_gpus=shared.num_gpus)
+        return tuple(bundles), ()
     trainer = Bundle(roles=("training",), num_cpus=1, num_gpus=int(on_gpu))
     num_parts = engines.num_nodes_per_engine
     size = engines.num_gpus_per_engine // num_parts
@@ -170,6 +180,14 @@ def bundles_of(run: RunConfig) -> tuple[tuple[Bundle, ...], tuple[Bundle, ...]]:
     if placement == "debug_inference_only":
         return (), inference
     return training, inference
+
+
+def decoding_bundles_of(run: RunConfig) -> tuple[Bundle, ...]:
+    """The bundle of the snapshots' decoder, if it has one of its own."""
+    if run.snapshots.interval_steps is None or run.cluster.placement != "separate":
+        return ()
+    on_gpu = run.cluster.device == "cuda"
+    return (Bundle(roles=("decoding",), num_cpus=1, num_gpus=int(on_gpu)),)
 
 
 def _num_inference_nodes(run: RunConfig) -> int:

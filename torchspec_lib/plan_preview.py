@@ -15,7 +15,9 @@ from pydantic import ValidationError
 
 from torchspec_lib.config.run import RunConfig
 from torchspec_lib.errors import ConfigError, UserError
-from torchspec_lib.plan import Bundle, bundles_of
+from torchspec_lib.plan import Bundle, bundles_of, decoding_bundles_of
+
+DECODER = "decoder of snapshots"
 
 
 @dataclass(slots=True)
@@ -41,8 +43,10 @@ def preview(run: RunConfig, units_per_node: int | None = None) -> list[Node]:
         ConfigError: A bundle doesn't fit on a node.
     """
     training, inference = bundles_of(run)
-    names = [*_training_names(run, training), *_engine_names(run, inference)]
-    bundles = [*training, *inference]
+    decoding = decoding_bundles_of(run)
+    names = [*_training_names(training), *_engine_names(run, inference)]
+    names += [DECODER] * len(decoding)
+    bundles = [*training, *inference, *decoding]
     on_gpu = run.cluster.device == "cuda"
     sizes = [bundle.num_gpus if on_gpu else bundle.num_cpus for bundle in bundles]
     if units_per_node is None:
@@ -65,9 +69,13 @@ def preview(run: RunConfig, units_per_node: int | None = None) -> list[Node]:
     return nodes
 
 
-def _training_names(run: RunConfig, bundles: Sequence[Bundle]) -> list[str]:
-    beside = " with engine {}" if run.cluster.placement == "colocate" else ""
-    return [f"trainer rank {rank}" + beside.format(rank) for rank in range(len(bundles))]
+def _training_names(bundles: Sequence[Bundle]) -> list[str]:
+    names = []
+    for rank, bundle in enumerate(bundles):
+        beside = {"inference": f"engine {rank}", "decoding": DECODER}
+        others = [beside[role] for role in bundle.roles if role in beside]
+        names.append(f"trainer rank {rank}" + (f" with {' and '.join(others)}" if others else ""))
+    return names
 
 
 def _engine_names(run: RunConfig, bundles: Sequence[Bundle]) -> list[str]:

@@ -1,5 +1,7 @@
 """What the stages of a pipeline hand each other and the user: Flyte outputs, so pydantic."""
 
+from pydantic import Field
+
 from torchspec_lib.config.settings import Settings
 from torchspec_lib.types import Recovery
 
@@ -20,6 +22,8 @@ class DatasetManifest(Settings):
     num_loss_tokens: int
     longest: int
     """Tokens of the longest prompt."""
+    turns: dict[str, int]
+    """How many of the assistant's turns are supervised and how, as ``EncodedChat.turns``."""
     rejected: dict[str, int]
     """Conversations that were filtered out, by reason."""
     draft_vocab_size: int
@@ -27,8 +31,25 @@ class DatasetManifest(Settings):
     """Share of supervised tokens that lie in the draft vocabulary."""
 
 
+class SnapshotResult(Settings):
+    """Real, greedy speculative decoding with the draft as it was after a step."""
+
+    step: int
+    accept_length: float
+    """New tokens per target forward, the target's own included."""
+    accept_rates: tuple[float, ...]
+    """As ``EvalReport.accept_rates``."""
+    num_prompts: int
+    num_new_tokens: int
+    seconds: float
+    """That the decoding took, beside the training."""
+
+
 class TrainSummary(Settings):
-    """What a training run did. ``num_trained + num_rejected == num_prompts * num_epochs``."""
+    """What a training run did.
+
+    ``num_trained + num_rejected + num_not_trained == num_prompts * num_epochs``.
+    """
 
     run_id: str
     draft_dir: str
@@ -39,6 +60,16 @@ class TrainSummary(Settings):
     num_rejected: int
     rejected: dict[str, int]
     """Rejected samples by reason."""
+    num_not_trained: int = 0
+    """Left when the training was stopped early."""
+    num_set_aside: int = 0
+    """Further prompts, which snapshots were decoded with and nothing was trained on."""
+    snapshots: tuple[SnapshotResult, ...] = ()
+    """In the order of their steps."""
+    snapshot_problem: str | None = None
+    """Why snapshots couldn't be decoded to the end."""
+    exported_step: int | None = None
+    """The step whose draft was exported, where snapshots were to choose it."""
     num_tokens: int
     loss: float
     """Of the last step, in nats."""
@@ -89,11 +120,41 @@ class PromptResult(Settings):
     lossless: bool
 
 
+class SetResult(Settings):
+    """How the draft fared on a named set of prompts, or on one of its categories."""
+
+    name: str
+    """``heldout``, or a name of ``evaluation.sets``."""
+    category: str | None
+    """None for the whole set."""
+    prompt_set: str
+    """Names the prompts by their tokens; see ``prompt_set`` of the evaluation."""
+    num_prompts: int
+    num_lossless: int
+    accept_length: float
+    accept_rates: tuple[float, ...]
+    num_new_tokens: int
+    plain_s: float
+    speculative_s: float
+
+    @property
+    def measured_speedup(self) -> float:
+        return self.plain_s / self.speculative_s
+
+
 class EvalReport(Settings):
-    """Real speculative decoding, with the conditions that a figure is worthless without."""
+    """Real speculative decoding, with the conditions that a figure is worthless without.
+
+    The figures are those of the held-out prompts; ``sets`` has others beside them. Fields with a
+    default are missing in older records.
+    """
 
     engine: str
     draft_steps: int
+    draft_topk: int = 1
+    """1 for chains; see ``EvaluationConfig``."""
+    num_draft_tokens: int | None = None
+    """Rows of a verification; None for chains, which have ``draft_steps + 1``."""
     temperature: float
     prompt_set: str
     max_new_tokens: int
@@ -112,7 +173,26 @@ class EvalReport(Settings):
     """Measured cost of one draft forward."""
     target_step_s: float
     """Measured cost of one target forward of one token."""
+    target_rows_s: dict[int, float] = Field(default_factory=dict)
+    """Measured cost of one target forward of so many rows: for chains up to ``num_rows``."""
+    sets: tuple[SetResult, ...] = ()
+    """By set and category, the held-out prompts' own first."""
+    chain: SetResult | None = None
+    """The held-out prompts with chains of as many steps, where they were decoded with trees."""
     prompts: tuple[PromptResult, ...]
+    """The held-out ones."""
+
+    @property
+    def num_rows(self) -> int:
+        """Of a verification: the newest token and what the draft proposes behind it."""
+        return self.num_draft_tokens or self.draft_steps + 1
+
+    @property
+    def drafting(self) -> str:
+        """``chains of 5``, or ``trees of 5 steps, top-k 4, 16 tokens``."""
+        if self.draft_topk == 1:
+            return f"chains of {self.draft_steps}"
+        return f"trees of {self.draft_steps} steps, top-k {self.draft_topk}, {self.num_rows} tokens"
 
     @property
     def measured_speedup(self) -> float:
@@ -120,8 +200,16 @@ class EvalReport(Settings):
 
     @property
     def projected_speedup(self) -> float:
-        """Speed-up without the Python loop around it: Leviathan et al. 2023, theorem 3.8."""
-        return self.accept_length / (1 + self.draft_steps * self.draft_step_s / self.target_step_s)
+        """Speed-up by the measured costs of the models' forwards, without the loop around them.
+
+        Plain decoding takes ``t(1)`` a token, t(R) being the cost of a target forward of R rows.
+        A verification takes K draft forwards of cost d and t(R), and gives ``accept_length``
+        tokens: so the ratio is ``accept_length * t(1) / (K d + t(R))``. Leviathan et al. 2023
+        (arXiv 2211.17192), theorem 3.8, has it with t(R) = t(1), as do records without t(R).
+        """
+        verify_s = self.target_rows_s.get(self.num_rows, self.target_step_s)
+        cycle_s = self.draft_steps * self.draft_step_s + verify_s
+        return self.accept_length * self.target_step_s / cycle_s
 
     @property
     def lossless(self) -> bool:
@@ -141,6 +229,8 @@ class RegisteredDraft(Settings):
     decision: str
     """The gate's or the champion's comparison, in a sentence with its figures."""
     tracking_uri: str
+    hub: str = ""
+    """What was pushed to the Hugging Face Hub, in a sentence; empty where nothing was to be."""
     summary: str
     """What a person reads last: all figures of the run, in a few lines."""
 

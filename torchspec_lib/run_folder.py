@@ -13,7 +13,7 @@ from typing import TextIO
 
 from torchspec_lib.config.run import RunConfig
 from torchspec_lib.errors import ConfigError
-from torchspec_lib.results import DatasetManifest, TrainSummary
+from torchspec_lib.results import DatasetManifest, SnapshotResult, TrainSummary
 from torchspec_lib.target import TargetSpec
 from torchspec_lib.types import Recovery, StepMetrics
 
@@ -22,6 +22,7 @@ CLAIM_TIMEOUT_S = 60.0
 _CHECKPOINT_FILES = ("meta.json",)
 """Holds the hash of every other file."""
 _DRAFT_FILES = ("config.json", "model.safetensors")
+_PUBLISHED_FILES = ("config.json", "pytorch_model.bin")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,19 @@ class RunFolder:
     @property
     def draft(self) -> Path:
         return self.path / "draft"
+
+    @property
+    def snapshots(self) -> Path:
+        """Drafts from amidst the training: those to be decoded yet, and the best."""
+        return self.path / "snapshots"
+
+    def snapshot(self, step: int) -> Path:
+        return self.snapshots / f"step_{step:06d}"
+
+    @property
+    def snapshot_results(self) -> Path:
+        """One decoded snapshot a line, as JSON: ``SnapshotResult``."""
+        return self.path / "snapshots.jsonl"
 
     @property
     def metrics(self) -> Path:
@@ -108,10 +122,11 @@ class RunFolder:
     def open(self, run: RunConfig) -> None:
         """Make the folder, where ``fresh`` says so without an older result, and note ``run``."""
         if run.fresh:
-            for old in (self.checkpoints, self.draft):
+            for old in (self.checkpoints, self.draft, self.snapshots):
                 if old.exists():
                     shutil.rmtree(old)
-            for file in (self.metrics, self.summary, checkpoint_mark(self.checkpoints)):
+            mark = checkpoint_mark(self.checkpoints)
+            for file in (self.metrics, self.snapshot_results, self.summary, mark):
                 file.unlink(missing_ok=True)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         (self.path / "config.json").write_text(run.model_dump_json(indent=2))
@@ -149,6 +164,16 @@ class RunFolder:
             return []
         return [Recovery(**json.loads(line)) for line in self.recoveries.read_text().splitlines()]
 
+    def append_snapshot(self, result: SnapshotResult) -> None:
+        with self.snapshot_results.open("a") as file:
+            file.write(result.model_dump_json() + "\n")
+
+    def read_snapshots(self) -> list[SnapshotResult]:
+        if not self.snapshot_results.is_file():
+            return []
+        lines = self.snapshot_results.read_text().splitlines()
+        return [SnapshotResult.model_validate_json(line) for line in lines]
+
     def read_metrics(self) -> list[StepMetrics]:
         if not self.metrics.is_file():
             return []
@@ -171,12 +196,12 @@ def continual_fingerprint(path: Path) -> str:
     """Identifies the weights that ``training.continual_from`` names, as 16 hex digits.
 
     Args:
-        path: A checkpoint of any run, or an exported draft.
+        path: A checkpoint of any run, an exported draft, or a published one.
 
     Raises:
-        ConfigError: It is neither.
+        ConfigError: It is none of them.
     """
-    for names in (_CHECKPOINT_FILES, _DRAFT_FILES):
+    for names in (_CHECKPOINT_FILES, _DRAFT_FILES, _PUBLISHED_FILES):
         if all((path / name).is_file() for name in names):
             return _fingerprint([path / name for name in names])
     raise ConfigError(

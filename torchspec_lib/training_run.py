@@ -1,7 +1,6 @@
 """A training run as the driver sees it: attempts, until one comes to the end."""
 
 import time
-from collections.abc import Sequence
 from itertools import chain
 
 from tqdm import tqdm
@@ -10,12 +9,14 @@ from torchspec_lib.attempt import Attempt, RunInputs, Standing
 from torchspec_lib.controller.inference_manager import CaptureStats
 from torchspec_lib.controller.training_controller import RunTotals
 from torchspec_lib.errors import GivenUpError, StoreUnavailableError, WorkerLostError
-from torchspec_lib.models.export import validate_draft
+from torchspec_lib.models.validate import validate_draft
 from torchspec_lib.ray.failures import get
 from torchspec_lib.results import TrainSummary
+from torchspec_lib.snapshots.decoder import DecoderClient
+from torchspec_lib.snapshots.selection import SnapshotSelection
 from torchspec_lib.training import checkpoint_files
 from torchspec_lib.transfer.mooncake.processes import evicted_keys
-from torchspec_lib.types import Recovery, StepMetrics, pooled_accept_length
+from torchspec_lib.types import Recovery, pooled_accept_length
 
 CURABLE = (WorkerLostError, StoreUnavailableError)
 """What trainers and control plane are started again for, from the last checkpoint."""
@@ -27,6 +28,7 @@ class TrainingRun:
     def __init__(self, inputs: RunInputs, standing: Standing) -> None:
         self._inputs, self._standing = inputs, standing
         self._store_watches = [actor.watch.remote() for actor in standing.store_actors]
+        self._snapshots = _selection(inputs, standing)
         self._attempt: Attempt | None = None
         self._num_attempts = self._num_restarts = 0
         self._lost: tuple[float, Exception] | None = None
@@ -39,6 +41,7 @@ class TrainingRun:
     def _start_attempt(self) -> Attempt:
         self._num_attempts += 1
         self._attempt = Attempt.start(self._inputs, self._standing, self._num_attempts)
+        self._snapshots.restart(self._attempt.resume_step)
         return self._attempt
 
     def train(self) -> TrainSummary:
@@ -49,6 +52,7 @@ class TrainingRun:
         Raises:
             LedgerError: A prompt is neither trained nor rejected.
             GivenUpError: A part of the run died again and again.
+            WorkerLostError: A node has left the cluster.
             CheckpointError: The last checkpoint can't be loaded.
         """
         start = time.monotonic()
@@ -68,26 +72,42 @@ class TrainingRun:
 
     def _take_attempt(self, start: float) -> TrainSummary:
         attempt = self._attempt or self._start_attempt()
-        attempt.follow(self._note_recovery, self._store_watches)
-        self._note_recovery()
+        attempt.follow(self._look_after, self._store_watches, self._snapshots)
+        self._look_after()
         totals, stats = attempt.totals(), attempt.stats()
         if evicted := evicted_keys(self._standing.address.metrics):
             raise StoreUnavailableError("keep", f"it evicted {evicted} samples unread")
         folder = self._inputs.folder
-        attempt.export(folder.draft)
+        exported_step = self._export(attempt, totals.num_steps)
         validate_draft(folder.draft, self._inputs.target)
         attempt.shutdown()
         for recovery in self._store_recoveries():
             folder.append_recovery(recovery)
         wall_s = time.monotonic() - start
-        summary = self._summary(folder.read_metrics(), totals, stats, wall_s)
+        summary = self._summary(exported_step, totals, stats, wall_s)
         folder.finish(summary)
         return summary
+
+    def _export(self, attempt: Attempt, last_step: int) -> int | None:
+        """Write the run's draft; gives the step it is of if snapshots were to choose it."""
+        folder, snapshots = self._inputs.folder, self._snapshots
+        if self._inputs.run.snapshots.interval_steps is None:
+            attempt.export(folder.draft)
+            return None
+        if last_step not in {result.step for result in snapshots.results}:
+            attempt.export(folder.snapshot(last_step))
+        snapshots.finish()
+        return snapshots.export(last_step)
+
+    def _look_after(self) -> None:
+        self._note_recovery()
+        self._snapshots.advance()
 
     def _drop(self, error: Exception) -> None:
         """Close the attempt that ended by ``error``.
 
         Raises:
+            WorkerLostError: A node has left the cluster: another run has to find a new place.
             GivenUpError: It is one too many in a row.
         """
         self._lost = self._lost or (time.monotonic(), error)
@@ -97,6 +117,8 @@ class TrainingRun:
             attempt.close()
             if step > attempt.resume_step:
                 self._num_restarts = 0
+        if lost := self._standing.lost_nodes():
+            raise WorkerLostError(f"node {', '.join(lost)}", str(error)) from error
         if self._num_restarts >= self._inputs.run.recovery.max_restarts:
             raise GivenUpError("the trainers' group", str(error)) from error
         self._num_restarts += 1
@@ -125,21 +147,28 @@ class TrainingRun:
 
     def _summary(
         self,
-        metrics: Sequence[StepMetrics],
+        exported_step: int | None,
         totals: RunTotals,
         stats: CaptureStats,
         wall_s: float,
     ) -> TrainSummary:
+        metrics = self._inputs.folder.read_metrics()
+        num_aside = self._inputs.run.snapshots.num_set_aside
         tail = metrics[-max(1, len(metrics) // 10) :]
         return TrainSummary(
             run_id=self._inputs.folder.run_id,
             draft_dir=str(self._inputs.folder.draft),
             num_steps=totals.num_steps,
-            num_prompts=self._inputs.manifest.num_prompts,
+            num_prompts=self._inputs.manifest.num_prompts - num_aside,
             num_epochs=self._inputs.run.training.num_epochs,
             num_trained=totals.num_trained,
             num_rejected=totals.num_rejected,
             rejected=totals.rejected,
+            num_not_trained=totals.num_not_trained,
+            num_set_aside=num_aside,
+            snapshots=self._snapshots.results,
+            snapshot_problem=self._snapshots.problem,
+            exported_step=exported_step,
             num_tokens=sum(step.num_tokens for step in metrics),
             loss=metrics[-1].loss,
             accept_length=pooled_accept_length(tail),
@@ -150,3 +179,10 @@ class TrainingRun:
             trainer_wait_s=sum(step.wait_s for step in metrics if step.step > self._resumed_from),
             capture_wait_s=stats.waited_for_bytes_s,
         )
+
+
+def _selection(inputs: RunInputs, standing: Standing) -> SnapshotSelection:
+    decoder = None
+    if standing.decoder is not None:
+        decoder = DecoderClient(standing.decoder, inputs.run.recovery.hang_timeout_s)
+    return SnapshotSelection(inputs.folder, inputs.run.snapshots, decoder)

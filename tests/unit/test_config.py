@@ -69,6 +69,9 @@ def test_a_misspelt_key_is_named():
         ("inference", "max_failed_fraction", 2),
         ("registry", "min_accept_length", 0.5),
         ("transfer", "protocol", "udp"),
+        ("data", "last_turn_only", "sometimes"),
+        ("data", "chat_template_kwargs", {"messages": "hi"}),
+        ("data", "chat_template_kwargs", {"enable_thinking": None}),
     ],
 )
 def test_an_impossible_value_is_refused_where_it_stands(section, key, value):
@@ -84,6 +87,13 @@ def test_an_impossible_value_is_refused_where_it_stands(section, key, value):
         ({"transfer": {"protocol": "rdma"}}, "device_name"),
         ({"transfer": {"device_name": "mlx5_0"}}, "device_name"),
         ({"draft": {"aux_layer_ids": [3, 1]}}, "ascending"),
+        ({"evaluation": {"draft_topk": 4}}, "set num_draft_tokens"),
+        ({"evaluation": {"draft_steps": 3, "num_draft_tokens": 5}}, "must be draft_steps . 1"),
+        (
+            {"evaluation": {"draft_steps": 2, "draft_topk": 2, "num_draft_tokens": 8}},
+            "must be from 2 to 7",
+        ),
+        ({"evaluation": {"sets": {"heldout": "a.jsonl"}}}, "rename it"),
         (
             {
                 "cluster": {"placement": "colocate"},

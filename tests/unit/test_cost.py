@@ -7,11 +7,12 @@ import pytest
 
 from tests.unit.test_gate import make_candidate
 from torchspec_lib.config.run import RunConfig
-from torchspec_lib.cost import bill, estimate
+from torchspec_lib.cost import bill, estimate, held_s, note_bring_up
 from torchspec_lib.plan import ClusterPlan, make_plan
 from torchspec_lib.results import TrainSummary
 from torchspec_lib.run_folder import RunFolder
 from torchspec_lib.target import read_target
+from torchspec_lib.types import StepMetrics
 
 
 def make_run(root: Path, device: str = "cuda", **training: int) -> RunConfig:
@@ -33,6 +34,7 @@ def plan_of(run: RunConfig) -> ClusterPlan:
 def finish(run: RunConfig, run_id: str, training: TrainSummary, **figures: float) -> Path:
     folder = RunFolder(run.data_path / "runs" / run_id)
     folder.open(run)
+    folder.draft.mkdir(exist_ok=True)
     folder.finish(training.model_copy(update={"run_id": run_id} | figures))
     return folder.summary
 
@@ -52,6 +54,38 @@ def test_an_estimate_takes_the_rate_of_the_newest_run_like_it(tmp_path, candidat
     assert found.train_s == pytest.approx(120_000 / 10)
     assert found.gpu_hours == pytest.approx(8 * 12_000 / 3600)
     assert "run new took 10 tokens a second" in found.basis
+
+
+def test_a_resumed_training_took_what_its_earlier_processes_took_too(tmp_path, candidate):
+    run = make_run(tmp_path)
+    figures = {"num_tokens": 1000, "wall_s": 90.0, "resumed_from_step": 2}
+    folder = RunFolder(finish(run, "resumed", candidate.training, **figures).parent)
+    folder.append_metrics([step_of(number, step_s=4.0, wait_s=1.0) for number in (1, 2, 3)])
+    summary = folder.finished() or pytest.fail("it is finished")
+    assert held_s(folder, summary) == 100.0
+    for is_first in (True, False):
+        note_bring_up(folder, 7.5, is_first)
+    assert held_s(folder, summary) == 115.0
+    note_bring_up(folder, 7.5, is_first=True)  # started over
+    assert held_s(folder, summary) == 107.5
+    found = estimate(run, plan_of(run), candidate.manifest)
+    assert "run resumed took 10 tokens a second" in found.basis
+
+
+def step_of(number, step_s, wait_s):
+    return StepMetrics(
+        step=number,
+        loss=1.0,
+        learning_rate=1e-3,
+        grad_norm=1.0,
+        chains=(4,),
+        matches=(2,),
+        num_samples=1,
+        num_tokens=9,
+        num_loss_tokens=8,
+        step_s=step_s,
+        wait_s=wait_s,
+    )
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])

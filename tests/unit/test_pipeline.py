@@ -21,6 +21,7 @@ MANIFEST = DatasetManifest(
     num_tokens=5000,
     num_loss_tokens=3000,
     longest=90,
+    turns={"supervised": 100},
     rejected={},
     draft_vocab_size=1024,
     vocab_coverage=1.0,

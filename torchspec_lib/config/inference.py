@@ -57,7 +57,7 @@ class InferenceConfig(Settings):
     """GPUs of all engines together, or with ``cluster.device: cpu`` as many cores."""
     inference_num_gpus_per_node: PositiveInt = 8
     request_size: PositiveInt = 4
-    """Prompts that an engine is handed at a time."""
+    """Half the prompts that an engine has at a time, as far as their tokens fit its window."""
     max_attempts: PositiveInt = 3
     """Captures of a prompt that are tried before it is rejected."""
     max_failed_fraction: Fraction = 0.05
@@ -71,6 +71,11 @@ class InferenceConfig(Settings):
         nnodes = self.sglang.nnodes
         whole_nodes = nnodes * self.inference_num_gpus_per_node if nnodes > 1 else 1
         return self.sglang.tp_size or whole_nodes
+
+    @property
+    def num_calls(self) -> int:
+        """Calls that an engine has at a time: in line at ``hf``, side by side at ``sglang``."""
+        return 2 if self.engine == "hf" else 8
 
     @property
     def num_nodes_per_engine(self) -> int:

@@ -15,8 +15,9 @@ from pydantic import NonNegativeInt, model_validator
 from torchspec_lib.config.inference import ClusterConfig, InferenceConfig, TransferConfig
 from torchspec_lib.config.models import DataConfig, DraftConfig, ModelConfig
 from torchspec_lib.config.outcome import EvaluationConfig, RegistryConfig
+from torchspec_lib.config.regeneration import RegenerationConfig
 from torchspec_lib.config.settings import Settings
-from torchspec_lib.config.training import RecoveryConfig, TrainingConfig
+from torchspec_lib.config.training import RecoveryConfig, SnapshotConfig, TrainingConfig
 
 _INDIFFERENT = {
     "training_num_nodes",
@@ -36,8 +37,10 @@ class RunConfig(Settings):
 
     model: ModelConfig
     data: DataConfig
+    regeneration: RegenerationConfig = RegenerationConfig()
     draft: DraftConfig = DraftConfig()
     training: TrainingConfig = TrainingConfig()
+    snapshots: SnapshotConfig = SnapshotConfig()
     inference: InferenceConfig = InferenceConfig()
     transfer: TransferConfig = TransferConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -73,6 +76,16 @@ class RunConfig(Settings):
             )
         return self
 
+    @model_validator(mode="after")
+    def _answers_come_from_one_node(self) -> Self:
+        num_nodes = self.inference.num_nodes_per_engine
+        if self.regeneration.enabled and num_nodes > 1:
+            raise ValueError(
+                f"regeneration.enabled needs engines of one node, and inference.sglang.nnodes is "
+                f"{num_nodes}: lower it, or train on answers that are there"
+            )
+        return self
+
     @property
     def data_path(self) -> Path:
         return Path(self.data_root).expanduser().resolve()
@@ -83,13 +96,17 @@ class RunConfig(Settings):
         Paths are left out, since contents count, and so is what only costs time: where things
         run, how many ranks and engines there are, how often a checkpoint is made.
         """
-        return {
+        settings: dict[str, Any] = {
             "model": self.model.model_dump(mode="json", include={"dtype"}),
             "draft": self.draft.model_dump(mode="json"),
             "training": self.training.model_dump(mode="json", exclude=_INDIFFERENT),
             "inference": self.inference.model_dump(mode="json", include={"engine"}),
             "seed": self.seed,
         }
+        if self.snapshots.interval_steps is not None:
+            decoding = self.evaluation.model_dump(include={"draft_steps", "max_new_tokens"})
+            settings["snapshots"] = self.snapshots.model_dump(mode="json") | decoding
+        return settings
 
     def training_hash(self, contents: str) -> str:
         """What a training run's result depends on, as 16 hex digits: its run id.

@@ -63,8 +63,13 @@ class TrainingConfig(Settings):
     keep_checkpoints: PositiveInt = 2
     """Newest checkpoints that stay, besides the one with the best accept length."""
     continual_from: str | None = None
-    """A checkpoint or an exported draft whose weights the draft starts from. Weights alone:
-    optimizer, schedule and accounts start anew."""
+    """A checkpoint, an exported draft or anybody's EAGLE-3 draft (as SafeAILab, SGLang or vLLM
+    have it) whose weights the draft starts from. Weights alone: optimizer, schedule and accounts
+    start anew."""
+    continual_vocab: Literal["keep", "remap"] = "keep"
+    """``keep``: a pruned draft vocabulary is that of the draft in ``continual_from``. ``remap``:
+    it is the run's own; the head's rows of shared tokens are taken over, those of new tokens start
+    as the target's."""
 
     @property
     def world_size(self) -> int:
@@ -96,12 +101,47 @@ class TrainingConfig(Settings):
         return self
 
     @model_validator(mode="after")
+    def _remaps_something(self) -> Self:
+        if self.continual_vocab == "remap" and self.continual_from is None:
+            raise ValueError("continual_vocab does nothing without continual_from: leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _rates_fit(self) -> Self:
         if self.min_learning_rate > self.learning_rate:
             raise ValueError(
                 f"min_learning_rate ({self.min_learning_rate}) must not exceed "
                 f"learning_rate ({self.learning_rate})"
             )
+        return self
+
+
+class SnapshotConfig(Settings):
+    """Real decoding while the training goes on, to export the best draft and not the last."""
+
+    interval_steps: PositiveInt | None = None
+    """Steps between snapshots of the draft that are decoded, greedily, with ``evaluation``'s
+    ``draft_steps`` and ``max_new_tokens``. The one with the longest accept length is exported;
+    left out, the last step's draft is. The decoder holds the target once more: on a GPU of its
+    own, or colocated on that of trainer rank 0. A snapshot that comes while it is busy waits, and
+    is left out when the next one comes: only with an interval that it keeps up with does a rerun
+    export the same draft."""
+    num_prompts: PositiveInt = 16
+    """Training prompts set aside to be decoded, chosen by the seed: nothing is trained on them,
+    and the final evaluation's are others."""
+    patience: PositiveInt | None = None
+    """The training ends after so many snapshots in a row that aren't better than the best."""
+
+    @property
+    def num_set_aside(self) -> int:
+        """Prompts that nothing is trained on."""
+        return 0 if self.interval_steps is None else self.num_prompts
+
+    @model_validator(mode="after")
+    def _is_on(self) -> Self:
+        usual = type(self).model_fields["num_prompts"].default
+        if self.interval_steps is None and (self.patience or self.num_prompts != usual):
+            raise ValueError("num_prompts and patience do nothing without interval_steps: set it")
         return self
 
 

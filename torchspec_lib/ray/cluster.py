@@ -8,7 +8,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -281,6 +281,12 @@ def _wait_for_gpu_resources(plan: ClusterPlan, timeout_s: float) -> None:
 def living_nodes() -> list[dict[str, Any]]:
     """Ray's rows of the nodes that are up, with ``Resources`` and ``Labels``."""
     return [node for node in ray.nodes() if node["Alive"]]
+
+
+def lost_nodes(node_ids: Collection[str]) -> list[str]:
+    """The addresses of those nodes that have left the cluster."""
+    gone = [node for node in ray.nodes() if not node["Alive"]]
+    return [node["NodeManagerAddress"] for node in gone if node["NodeID"] in node_ids]
 
 
 def _is_local(node: Mapping[str, Any]) -> bool:

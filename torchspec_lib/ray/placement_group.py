@@ -39,7 +39,7 @@ class Slot:
     def options(self, role: Role) -> dict[str, Any]:
         """What to hand ``.options()`` of an actor of that role.
 
-        The roles of a bundle share it evenly: in colocation half a GPU and half the cores each.
+        The roles of a bundle share it evenly: in colocation such as half a GPU and a core each.
         """
         assert role in self.bundle.roles, f"a bundle for {self.bundle.roles}, not for {role}"
         num_roles = len(self.bundle.roles)
@@ -54,12 +54,13 @@ class Slot:
 class Placement:
     """A run's slots, one for every actor of a role, ordered by node and GPU.
 
-    In colocation the same slots serve both roles.
+    In colocation the same slots serve several roles.
     """
 
     training: tuple[Slot, ...]
     inference: tuple[Slot, ...]
     groups: tuple[PlacementGroup, ...]
+    decoding: tuple[Slot, ...] = ()
 
     def engines(self, num_parts: int) -> list[tuple[Slot, ...]]:
         """The slots of each engine, one for each of its parts: neighbours, the first answers."""
@@ -85,7 +86,8 @@ class InfoActor:
 def create_placement_groups(plan: ClusterPlan, timeout_s: float) -> Placement:
     """Reserve the plan's bundles and find out where they are; all of them or none.
 
-    Training and inference get a group each, colocated or debugged alone there is just one.
+    Training, inference and decoding get a group each; colocated or debugged alone there is just
+    one.
 
     Args:
         plan: Its bundles say which groups there are.
@@ -98,7 +100,11 @@ def create_placement_groups(plan: ClusterPlan, timeout_s: float) -> Placement:
     deadline = time.monotonic() + timeout_s
     _wait_for_gpu_resources(plan, timeout_s)
     run = f"torchspec-{secrets.token_hex(4)}"
-    wanted = {"training": plan.training_bundles, "inference": plan.inference_bundles}
+    wanted = {
+        "training": plan.training_bundles,
+        "inference": plan.inference_bundles,
+        "decoding": plan.decoding_bundles,
+    }
     with ExitStack() as undo:
         reserved: list[tuple[PlacementGroup, tuple[Bundle, ...]]] = []
         for name, bundles in wanted.items():
@@ -117,6 +123,7 @@ def create_placement_groups(plan: ClusterPlan, timeout_s: float) -> Placement:
         training=tuple(slot for slot in slots if "training" in slot.bundle.roles),
         inference=tuple(slot for slot in slots if "inference" in slot.bundle.roles),
         groups=tuple(group for group, _ in reserved),
+        decoding=tuple(slot for slot in slots if "decoding" in slot.bundle.roles),
     )
 
 

@@ -65,3 +65,14 @@ class Watchdog:
             elif now - since > self._timeout_s:
                 raise HungError(name, f"no answer for {now - since:.0f} s")
         self._asked[name] = (since, ref or actor.pulse.remote())
+
+
+def wait_for(call: Any, watchdog: Watchdog) -> None:
+    """Wait for the end of a call, for as long as those who work on it get anywhere.
+
+    Raises:
+        HungError: They don't.
+        WorkerLostError: One of them died.
+    """
+    while not ray.wait([call], timeout=watchdog.interval_s)[0]:
+        watchdog.check()

@@ -30,11 +30,12 @@ from torchspec_lib.models.ttt import Eagle3Model, Supervision, supervise
 from torchspec_lib.target import TargetSpec
 from torchspec_lib.training import continual
 from torchspec_lib.training.checkpoint import CheckpointFolder
-from torchspec_lib.training.continual import DRAFT_PREFIX
+from torchspec_lib.training.continual import DRAFT_PREFIX, FreshDraft
 from torchspec_lib.training.device_copies import DeviceCopies
 from torchspec_lib.training.fsdp import clip_gradients, parallelize, set_gradient_sync
 from torchspec_lib.training.optimizer import build_optimizer, build_scheduler
 from torchspec_lib.training.prefetch import PreparedStep
+from torchspec_lib.training.snapshots import SaveDraft
 from torchspec_lib.training.state import TrainingState
 from torchspec_lib.training.trainer import Measure, Trainer
 from torchspec_lib.types import StepMetrics
@@ -71,7 +72,8 @@ class Eagle3Trainer(Trainer):
         Raises:
             ConfigError: The target's folder lacks what the trainer needs of it.
         """
-        self._training, self._device = run.training, device
+        self._run, self._training, self._device = run, run.training, device
+        self._target = target
         self._target_dtype = getattr(torch, run.model.dtype)
         self._draft_vocab = draft_vocab
         head = TargetHead.load(target, draft_vocab, self._target_dtype)
@@ -80,6 +82,7 @@ class Eagle3Trainer(Trainer):
         )
         draft = Eagle3Draft(self._config)
         draft.init_weights(head.draft_rows_VdH, torch.Generator().manual_seed(run.seed))
+        draft.lm_head.requires_grad_(not run.draft.freeze_head)
         self._model = Eagle3Model(draft, run.draft.ttt_steps, run.training.loss)
         compute_dtype = getattr(torch, run.training.compute_dtype)
         parallelize(self._model, device, compute_dtype, run.training.parallelism)
@@ -195,23 +198,37 @@ class Eagle3Trainer(Trainer):
         )
 
     def start_from(self, path: Path) -> None:
-        """Take over a checkpoint's or an exported draft's weights, and nothing else.
+        """Take over a checkpoint's or a draft folder's weights, and nothing else.
 
         Raises:
             ConfigError: It doesn't fit; the message says which tensor or what else differs.
         """
         assert self.step == 0, "before the first step"
-        continual.load_weights(path, self._model, self._config, self._draft_vocab)
+        fresh = FreshDraft(
+            self._model, self._config, self._draft_vocab, self._head, self._target, self._run
+        )
+        continual.load_weights(path, fresh)
         logger.info("event=started_from path=%s", path)
 
     def export(self, folder: Path) -> None:
         """Write the draft as engines serve it. All ranks take part, rank 0 writes."""
+        self.copy_draft()(folder)
+
+    def copy_draft(self) -> SaveDraft:
+        """See ``Trainer``. The copy is in host memory, in the dtype of the target."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state_dict: dict[str, Any] = get_model_state_dict(self._model, options=options)
-        if dist.get_rank() == 0:
-            weights = {name.removeprefix(DRAFT_PREFIX): w for name, w in state_dict.items()}
+        weights = {
+            # On one rank of a CPU they are the very parameters, which the next step changes.
+            name.removeprefix(DRAFT_PREFIX): weight.to(self._target_dtype, copy=True)
+            for name, weight in state_dict.items()
+        }
+        return partial(self._save_draft, weights, self.step)
+
+    def _save_draft(self, weights: dict[str, Tensor], step: int, folder: Path) -> None:
+        if self._rank == 0:
             save_draft(folder, weights, self._config, self._draft_vocab)
-            logger.info("event=exported folder=%s step=%d", folder, self.step)
+            logger.info("event=exported folder=%s step=%d", folder, step)
 
 
 class _Figures:

@@ -47,11 +47,11 @@ class MuonWithAdamW(Optimizer):
 
 
 def build_optimizer(model: nn.Module, training: TrainingConfig) -> Optimizer:
-    """The optimizer over all of a model's parameters.
+    """The optimizer over all of a model's parameters that aren't frozen.
 
     AdamW (Loshchilov & Hutter 2019) runs in one kernel on a GPU.
     """
-    parameters = dict(model.named_parameters())
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     settings: dict[str, Any] = {
         "lr": training.learning_rate,
         "betas": training.betas,

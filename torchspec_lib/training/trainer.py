@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torchspec_lib.training.checkpoint import CheckpointFolder
 from torchspec_lib.training.control import TrainingControl
 from torchspec_lib.training.prefetch import PreparedStep
+from torchspec_lib.training.snapshots import SaveDraft, SnapshotWriter
 from torchspec_lib.training.state import TrainingState
 from torchspec_lib.types import StepMetrics, StepReport
 
@@ -23,7 +24,8 @@ Measure = Callable[[], StepMetrics]
 class Trainer(ABC):
     """Takes prepared steps one by one: trains, reports, saves a checkpoint where one is due.
 
-    All ranks go through the same steps. An algorithm is a subclass with ``train_step``.
+    All ranks go through the same steps. An algorithm is a subclass with ``train_step`` and
+    ``copy_draft``.
     """
 
     def __init__(self, state: TrainingState, checkpoints: CheckpointFolder) -> None:
@@ -51,6 +53,14 @@ class Trainer(ABC):
             What waits for its end and gives its figures.
         """
 
+    @abstractmethod
+    def copy_draft(self) -> SaveDraft:
+        """Copy the draft as it is now, as engines serve it. A collective.
+
+        Returns:
+            What writes the copy on rank 0, and needs no other rank.
+        """
+
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint.
 
@@ -60,7 +70,12 @@ class Trainer(ABC):
         self._step = self._checkpoints.load(path, self._state)
         logger.info("event=resumed step=%d checkpoint=%s", self._step, path)
 
-    def run(self, steps: Iterable[PreparedStep], control: TrainingControl) -> int:
+    def run(
+        self,
+        steps: Iterable[PreparedStep],
+        control: TrainingControl,
+        snapshots: SnapshotWriter | None = None,
+    ) -> int:
         """Train to the end of ``steps``; what was trained last is saved in any case.
 
         A step is reported while the next one is under way, so that a GPU waits for neither the
@@ -85,10 +100,15 @@ class Trainer(ABC):
                     self._wait_for(reported)
                     self._doing = f"saving step {self._step}"
                     self._checkpoints.save(self._state, self._step, control.accounts)
+                if snapshots is not None and snapshots.is_due(self._step):
+                    self._doing = f"copying the draft of step {self._step}"
+                    snapshots.write(self._step, self.copy_draft())
                 self._doing = f"waiting for step {self._step + 1}"
             self._wait_for(reported)
         self._doing = f"saving step {self._step}, the last"
         self._checkpoints.finish(self._state, self._step, control.accounts)
+        if snapshots is not None:
+            snapshots.wait()
         self._doing = "done"
         return self._step
 

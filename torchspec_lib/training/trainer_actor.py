@@ -19,6 +19,7 @@ from torchspec_lib.training.eagle3_trainer import Eagle3Trainer
 from torchspec_lib.training.fsdp import Rendezvous, init_process_group
 from torchspec_lib.training.heartbeat import Heartbeat
 from torchspec_lib.training.prefetch import Prefetcher
+from torchspec_lib.training.snapshots import SnapshotWriter
 from torchspec_lib.training.state import run_identity
 from torchspec_lib.transfer.mooncake.connect import connect
 from torchspec_lib.transfer.store import StoreAddress, TensorStore
@@ -52,6 +53,8 @@ class TrainerSpec:
     """A checkpoint of this run."""
     continual_from: str | None
     """Where the weights come from if there is no ``resume_from``; a path on every node."""
+    decoded_steps: tuple[int, ...]
+    """Whose snapshots have been decoded, if there are any."""
 
 
 class TrainerActor(RayActor):
@@ -121,7 +124,13 @@ class TrainerActor(RayActor):
             Heartbeat(control, rank, interval_s, lambda: f"{trainer.doing}; {prefetcher.doing}"),
             prefetcher as steps,
         ):
-            return trainer.run(steps, control)
+            return trainer.run(steps, control, self._snapshots())
+
+    def _snapshots(self) -> SnapshotWriter | None:
+        spec, interval = self._spec, self._spec.run.snapshots.interval_steps
+        if interval is None:
+            return None
+        return SnapshotWriter(spec.folder, interval, spec.decoded_steps)
 
     def export(self, folder: str) -> None:
         """Write the draft as engines serve it. All ranks take part, rank 0 writes."""
