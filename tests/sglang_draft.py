@@ -1,9 +1,10 @@
 """What SGLang's own EAGLE-3 class does with exported drafts, on the CPU.
 
-``python -m tests.sglang_draft TARGET DRAFT...`` prints a line of JSON for each draft: parameters
-that its folder leaves unfilled, and tensors of it that no parameter takes.
+``python -m tests.sglang_draft TARGET DRAFT...`` prints a line of JSON with the server's flags, and
+one for each draft: parameters that its folder leaves unfilled, and tensors that none takes.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -64,6 +65,9 @@ def num_unfilled(model: torch.nn.Module) -> int:
 
 if __name__ == "__main__":
     target, *drafts = map(Path, sys.argv[1:])
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    print(json.dumps({"flags": list(parser._option_string_actions)}))
     prepare(target, drafts[0])
     for draft in drafts:
         print(json.dumps(load(draft)))

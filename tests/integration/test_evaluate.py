@@ -1,5 +1,6 @@
 """Evaluation of an untrained draft on the shipped tiny target."""
 
+import json
 import logging
 
 import pytest
@@ -11,8 +12,10 @@ from torchspec_lib.config.outcome import EvaluationConfig
 from torchspec_lib.config.run import RunConfig
 from torchspec_lib.config.settings import PROJECT_ROOT
 from torchspec_lib.data.dataset import load_draft_vocab, load_heldout, prepare_dataset
-from torchspec_lib.errors import DraftFormatError
-from torchspec_lib.evaluation.evaluate import _Bench, evaluate_draft, prompt_set
+from torchspec_lib.errors import ConfigError, DataError, DraftFormatError
+from torchspec_lib.evaluation.bench import Bench
+from torchspec_lib.evaluation.evaluate import evaluate_draft
+from torchspec_lib.evaluation.prompt_sets import digest_name
 from torchspec_lib.evaluation.speculative import Decoded
 from torchspec_lib.models.draft_config import DraftModelConfig
 from torchspec_lib.models.eagle3 import Eagle3Draft
@@ -59,7 +62,7 @@ def test_an_evaluation_reports_figures_with_their_conditions(setting):
     report = evaluate_draft(run, target, draft_dir, dataset_dir)
     assert report.lossless
     assert (report.num_prompts, report.draft_steps, report.max_new_tokens) == (5, 3, 10)
-    assert report.prompt_set == prompt_set(load_heldout(dataset_dir)[:5])
+    assert report.prompt_set == digest_name("heldout", load_heldout(dataset_dir)[:5])
     assert "(5 prompts)" in report.prompt_set
     num_verifications = report.num_target_forwards - 5
     assert report.accept_length == (report.num_new_tokens - 5) / num_verifications
@@ -67,16 +70,81 @@ def test_an_evaluation_reports_figures_with_their_conditions(setting):
     assert len(report.accept_rates) == 3
     assert min(report.plain_s, report.speculative_s) > 0
     assert 0 < report.draft_step_s < report.target_step_s
+    assert sorted(report.target_rows_s) == [1, 2, 3, 4]
+    assert report.target_rows_s[1] == report.target_step_s
+    assert report.chain is None
+    (heldout,) = report.sets
+    assert (heldout.name, heldout.category, heldout.num_prompts) == ("heldout", None, 5)
+    assert heldout.accept_length == report.accept_length
     assert [p.prompt_id for p in report.prompts] == [
         p.prompt_id for p in load_heldout(dataset_dir)[:5]
     ]
     assert all(p.output_text and "<|" not in p.output_text for p in report.prompts)
 
 
+def rerun(setting, **changes):
+    run, target, draft_dir, dataset_dir = setting
+    evaluation = run.evaluation.model_copy(update=changes)
+    changed = run.model_copy(update={"evaluation": evaluation})
+    return evaluate_draft(changed, target, draft_dir, dataset_dir)
+
+
+def test_named_sets_are_reported_beside_the_held_out_prompts_whole_and_by_category(
+    setting, tmp_path, caplog
+):
+    rows = [
+        {"turns": ["What is 2 plus 2?", "And doubled?"], "category": "math"},
+        {"prompt": "Name a colour.", "category": "words"},
+        {"messages": [{"role": "user", "content": "What is 3 plus 4?"}], "category": "math"},
+    ]
+    path = tmp_path / "question.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with caplog.at_level(logging.INFO):
+        report = rerun(setting, sets={"mt_bench": str(path)}, max_prompts=3)
+    found = [(one.name, one.category, one.num_prompts) for one in report.sets]
+    assert found == [
+        ("heldout", None, 3),
+        ("mt_bench", None, 3),
+        ("mt_bench", "math", 2),
+        ("mt_bench", "words", 1),
+    ]
+    _, whole, math, words = report.sets
+    assert whole.num_lossless == 3
+    assert whole.num_new_tokens == math.num_new_tokens + words.num_new_tokens
+    assert math.prompt_set != words.prompt_set
+    assert (report.num_prompts, len(report.prompts)) == (3, 3)
+    assert "set=mt_bench category=math" in caplog.text
+
+
+def test_the_template_is_given_what_the_target_is_served_with(setting):
+    run, *rest = setting
+    data = run.data.model_copy(update={"chat_template_kwargs": {"enable_thinking": False}})
+    with pytest.raises(ConfigError, match="template doesn't read enable_thinking"):
+        evaluate_draft(run.model_copy(update={"data": data}), *rest)
+
+
+def test_a_set_that_asks_nothing_is_refused_with_the_line(setting, tmp_path):
+    path = tmp_path / "question.jsonl"
+    path.write_text('{"messages": [{"role": "assistant", "content": "Hello."}]}\n')
+    with pytest.raises(DataError, match=r"question.jsonl:1.*asks nothing"):
+        rerun(setting, sets={"mt_bench": str(path)})
+
+
+def test_trees_are_reported_beside_chains_of_as_many_steps(setting):
+    chains = rerun(setting)
+    trees = rerun(setting, draft_topk=3, num_draft_tokens=8)
+    assert trees.lossless
+    assert trees.drafting == "trees of 3 steps, top-k 3, 8 tokens"
+    assert trees.chain.accept_length == chains.accept_length
+    assert trees.chain.num_lossless == trees.num_prompts == 5
+    assert trees.accept_length >= chains.accept_length
+    assert sorted(trees.target_rows_s) == [1, 8]
+
+
 def test_an_answer_that_differs_is_reported_with_how_close_the_choice_was(setting, caplog):
     run, target, draft_dir, dataset_dir = setting
     model = load_target(target, run.model.dtype, torch.device("cpu"), trust_remote_code=False)
-    bench = _Bench(run, target, model, load_draft(draft_dir))
+    bench = Bench(run, target, model, load_draft(draft_dir))
     prompt = load_heldout(dataset_dir)[0]
     right = bench._plain(prompt)
     wrong = [*right[:4], (right[4] + 1) % target.vocab_size, *right[5:]]
@@ -91,9 +159,10 @@ def test_an_answer_that_differs_is_reported_with_how_close_the_choice_was(settin
 
 def test_equal_names_of_prompt_sets_mean_equal_prompts(setting):
     prompts = load_heldout(setting[-1])
-    assert prompt_set(prompts) != prompt_set(prompts[:-1])
-    assert prompt_set(prompts) != prompt_set(prompts[::-1])
-    assert prompt_set(prompts) == prompt_set(list(prompts))
+    name = digest_name("heldout", prompts)
+    assert name != digest_name("heldout", prompts[:-1])
+    assert name != digest_name("heldout", prompts[::-1])
+    assert name == digest_name("heldout", list(prompts))
 
 
 def test_a_draft_of_another_target_is_refused_before_anything_is_loaded(setting):

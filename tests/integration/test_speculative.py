@@ -5,12 +5,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from torchspec_lib.evaluation.speculative import (
-    ChainDrafter,
-    SpeculativeDecoder,
-    TargetChoice,
-    decode_plain,
-)
+from torchspec_lib.evaluation.drafting import ChainDrafter, DraftTree
+from torchspec_lib.evaluation.speculative import SpeculativeDecoder, decode_plain
+from torchspec_lib.evaluation.verification import TargetChoice
 from torchspec_lib.models.draft_config import DraftModelConfig
 from torchspec_lib.models.eagle3 import Eagle3Draft, KeyValueCache
 
@@ -78,12 +75,14 @@ class Oracle:
         self.num_seen += len(token_ids)
         self.calls.append((list(token_ids), aux_TA))
         coming = (self.answer + [0] * self.draft_steps)[self.num_seen :][: self.draft_steps]
-        return [
-            (token + 1) % VOCAB
-            if self.wrong_every and (self.num_seen + i) % self.wrong_every == 0
-            else token
-            for i, token in enumerate(coming)
-        ]
+        return DraftTree.chain(
+            [
+                (token + 1) % VOCAB
+                if self.wrong_every and (self.num_seen + i) % self.wrong_every == 0
+                else token
+                for i, token in enumerate(coming)
+            ]
+        )
 
 
 def greedy(max_new_tokens):
@@ -127,7 +126,7 @@ def test_tokens_are_drawn_as_often_as_the_target_has_them_likely_at_that_tempera
     choose = TargetChoice(0.5, 20_000)
     choose.start([1, 2, 3])
     logits = torch.tensor([0.0, 1.0, -1.0, float("-inf"), 0.5])
-    drawn = choose(logits.expand(20_000, 5), 0)
+    drawn = choose(logits.expand(20_000, 5), range(20_000))
     shares = np.bincount(drawn, minlength=5) / 20_000
     assert shares[3] == 0.0
     assert np.abs(shares - (logits / 0.5).softmax(-1).numpy()).max() < 0.01
@@ -137,7 +136,7 @@ def test_another_prompt_or_seed_draws_other_numbers_and_the_same_ones_draw_the_s
     def draw(seed, prompt):
         choose = TargetChoice(1.0, 50, seed)
         choose.start(prompt)
-        return choose(torch.zeros(50, VOCAB), 0)
+        return choose(torch.zeros(50, VOCAB), range(50))
 
     assert draw(0, [1, 2]) == draw(0, [1, 2])
     assert len({tuple(draw(*case)) for case in ((0, [1, 2]), (0, [1, 3]), (1, [1, 2]))}) == 3
@@ -239,6 +238,9 @@ def test_chains_follow_from_the_document_whatever_was_proposed_before(model, cha
         for start, end in ((0, 4), (4, 5), (5, 9), (9, 12)):
             with torch.inference_mode():
                 chain = drafter.propose(tokens[start:end], aux[start:end])
-                assert chain == chain_from_scratch(draft, embed, tokens[:end], aux[:end])
-            chains.add(tuple(chain))
+                assert chain.is_chain
+                assert list(chain.token_ids) == chain_from_scratch(
+                    draft, embed, tokens[:end], aux[:end]
+                )
+            chains.add(chain.token_ids)
     assert len(chains) > 10
