@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def read_target(model: ModelConfig) -> TargetSpec:
             max_position_embeddings=config["max_position_embeddings"],
             rms_norm_eps=config["rms_norm_eps"],
             hidden_act=config.get("hidden_act", "silu"),
-            rope_parameters=_rope_parameters(config),
+            rope_parameters=rope_parameters(config),
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
             bos_token_id=config.get("bos_token_id"),
             eos_token_ids=_eos_token_ids(folder, config),
@@ -139,7 +140,7 @@ def _fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _rope_parameters(config: dict[str, Any]) -> dict[str, Any]:
+def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """One form for both: transformers 5's ``rope_parameters``, and the older pair of fields."""
     if "rope_parameters" in config:
         return dict(config["rope_parameters"])

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 
@@ -153,7 +154,10 @@ def test_the_same_content_registered_again_is_one_version_with_the_newest_figure
     assert "champion already" in second.decision
     assert "already registered" in second.summary
     assert len(versions(run)) == 1
-    assert champion(run, trained(tmp_path / "a", b"weights").target).accept_length == 3.6
+    best = champion(run, trained(tmp_path / "a", b"weights").target)
+    assert best.accept_length == 3.6
+    card = client(run).download_artifacts(best.run_id, "draft/README.md", str(tmp_path))
+    assert "| 3.60 |" in Path(card).read_text()
 
 
 def test_the_alias_moves_only_to_a_better_draft(run, tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.training_cases import make_target as make_training_target
 from tests.unit.eagle3_reference import (
     DRAFT_VOCAB,
     make_config,
@@ -16,7 +17,8 @@ from tests.unit.eagle3_reference import (
 )
 from torchspec_lib.errors import DraftFormatError
 from torchspec_lib.models.eagle3 import KeyValueCache
-from torchspec_lib.models.export import load_draft, save_draft, validate_draft
+from torchspec_lib.models.export import load_draft, save_draft
+from torchspec_lib.models.validate import _vllm_problems, main, validate_draft
 
 
 def export(folder, config, pruned=True, seed=0):
@@ -221,3 +223,57 @@ def test_a_missing_or_broken_file_is_named(folder, name):
     (folder / name).unlink()
     with pytest.raises(DraftFormatError, match=f"{name} is missing"):
         validate_draft(folder, make_target())
+
+
+def test_a_config_that_is_no_text_is_an_error_that_names_it(folder):
+    (folder / "config.json").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(DraftFormatError, match=r"config\.json is no JSON"):
+        load_draft(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(DraftFormatError, match=r"config\.json holds no JSON object"):
+        load_draft(folder)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2, 3, 5])
+@pytest.mark.parametrize("fc_norm", [False, True])
+def test_any_number_of_auxiliary_layers_is_told_to_both_engines(tmp_path, num_layers, fc_norm):
+    ids = [0, 2, 3, 5, 6][:num_layers]
+    config = make_config(aux_layer_ids=ids, fc_norm=fc_norm, rope="llama3")
+    export(tmp_path / "draft", config)
+    raw = json.loads((tmp_path / "draft/config.json").read_text())
+    assert raw["eagle_config"] == {"eagle_aux_hidden_state_layer_ids": ids}
+    assert raw["eagle_aux_hidden_state_layer_ids"] == [i + 1 for i in ids]
+    loaded = load_draft(tmp_path / "draft")
+    assert loaded.config == config
+    assert loaded.draft.fc.in_features == num_layers * 16
+    validate_draft(tmp_path / "draft", make_target())
+
+
+def test_vllm_would_find_every_parameter_of_its_class_and_no_other(tmp_path):
+    for fc_norm in (False, True):
+        config = make_config(fc_norm=fc_norm, norm_output=fc_norm)
+        export(tmp_path / "draft", config)
+        names = list(load_file(tmp_path / "draft/model.safetensors"))
+        assert _vllm_problems(names, config) == []
+        assert _vllm_problems([*names, "bias"], config) == ["vLLM: unexpected tensor model.bias"]
+        lacking = [name for name in names if name != "fc.weight"]
+        assert _vllm_problems(lacking, config) == ["vLLM: tensor model.fc.weight is missing"]
+
+
+def test_the_command_prints_a_verdict_on_a_folder(folder, tmp_path, capsys):
+    assert main([str(folder)]) == 0
+    *checks, verdict = capsys.readouterr().out.splitlines()
+    assert len(checks) == 6
+    assert all(line.endswith(" ok") for line in checks)
+    assert verdict.split(maxsplit=1) == ["verdict", "yes, as far as can be told without --target"]
+
+    target = make_training_target(tmp_path / "target")
+    assert main([str(folder), "--target", target.path]) == 1
+    *checks, verdict = capsys.readouterr().out.splitlines()
+    assert "  config.json: vocab_size is 23, the target's is 48" in checks
+    assert verdict.split() == ["verdict", "no"]
+
+    assert main([str(folder), "--target", str(tmp_path / "absent")]) == 1
+    assert "model.target" in capsys.readouterr().out
+    assert main([str(tmp_path)]) == 1
+    assert "  config.json is missing" in capsys.readouterr().out.splitlines()

@@ -1,11 +1,27 @@
 """The gate, the champion's title, and what people read about both."""
 
-import pytest
+from datetime import date
 
-from torchspec_lib.registry.candidate import Candidate, code_version, content_hash
+import pytest
+import yaml
+
+from torchspec_lib.config.run import RunConfig
+from torchspec_lib.registry.candidate import (
+    Candidate,
+    code_version,
+    config_hash,
+    content_hash,
+)
 from torchspec_lib.registry.gate import check_champion, check_draft, conditions
 from torchspec_lib.registry.model_card import model_card, run_summary
-from torchspec_lib.results import Cost, DatasetManifest, EvalReport, RegisteredDraft, TrainSummary
+from torchspec_lib.results import (
+    Cost,
+    DatasetManifest,
+    EvalReport,
+    RegisteredDraft,
+    SetResult,
+    TrainSummary,
+)
 from torchspec_lib.target import TargetSpec
 
 
@@ -57,6 +73,7 @@ def make_candidate(tmp_path, **changes):
         num_tokens=120_000,
         num_loss_tokens=60_000,
         longest=300,
+        turns={"supervised": 100},
         rejected={"duplicate": 2, "too_long": 1},
         draft_vocab_size=512,
         vocab_coverage=0.99,
@@ -192,13 +209,84 @@ def test_a_server_is_named_by_its_address(tmp_path):
     assert "backend-store" not in text
 
 
+def make_run(target="examples/tiny_target", **sections):
+    return RunConfig.model_validate(
+        {
+            "model": {"target": target},
+            "data": {"train": ["t.jsonl"], "heldout": ["h.jsonl"]},
+            **sections,
+        }
+    )
+
+
 def test_the_model_card_says_how_to_serve_the_draft(tmp_path):
-    card = model_card(make_candidate(tmp_path), "eagle3-draft", "abc123", "f00d")
+    card = model_card(make_run(), make_candidate(tmp_path), "abc123", date(2026, 1, 2))
     assert "--speculative-algorithm EAGLE3" in card
     assert "--speculative-num-steps 5" in card
     assert "--speculative-num-draft-tokens 6" in card
     assert '{"method": "eagle3", "model": "THIS_FOLDER", "num_speculative_tokens": 5}' in card
     assert "abc123" in card
+
+
+def test_the_model_card_has_every_figure_with_its_conditions_and_the_lineage(tmp_path):
+    report = make_report()
+    sets = [
+        SetResult(
+            name=name,
+            category=category,
+            prompt_set=f"{name}-1234 (80 prompts)",
+            num_prompts=80,
+            num_lossless=79,
+            accept_length=length,
+            accept_rates=(0.5, 0.25),
+            num_new_tokens=900,
+            plain_s=4.0,
+            speculative_s=2.0,
+        )
+        for name, category, length in [("heldout", None, 3.5), ("mt_bench", "math", 2.75)]
+    ]
+    report = report.model_copy(update={"sets": tuple(sets)})
+    run = make_run(training={"continual_from": "/home/me/champions/c0ffee"})
+    card = model_card(run, make_candidate(tmp_path, report=report), "abc123", date(2026, 1, 2))
+    lines = card.splitlines()
+    for line in (
+        "| heldout-1234 (80 prompts) | 80 | 3.50 | 50% 25% | 79 of 80 | 2.00x |",
+        "| mt_bench: math | 80 | 2.75 | 50% 25% | 79 of 80 | 2.00x |",
+        "| engine | hf, on cuda |",
+        "| target | `examples/tiny_target` in bfloat16 |",
+        "| K (draft tokens, one behind the other) | 5 |",
+        "| temperature | 0 |",
+        "| date | 2026-01-02 |",
+        "| data | `d4e5`: 1,500 prompts, 120,000 tokens |",
+        "| started from | `champions/c0ffee` |",
+        "| code | `abc123` |",
+        f"| settings | `{config_hash(run)}`, in `config.json` beside the draft's folder |",
+        "| GPU-hours | 0.16 |",
+        "| tokens trained | 120,000 |",
+        "| wall time | 94 s |",
+    ):
+        assert line in lines
+    assert "/home/me" not in card
+
+
+def test_the_hub_reads_tags_and_the_base_model_and_no_licence_is_chosen(tmp_path):
+    path = "/cache/hub/models--Qwen--Qwen3-8B/snapshots/0123abcd"
+    candidate = make_candidate(tmp_path)
+    fetched = make_candidate(tmp_path, target=candidate.target.model_copy(update={"path": path}))
+    run = make_run("Qwen/Qwen3-8B", registry={"push_to_hub": "me/draft"})
+    card = model_card(run, fetched, "abc123", date(2026, 1, 2))
+    _, head, body = card.split("---\n", 2)
+    front = yaml.safe_load(head)
+    assert front["base_model"] == "Qwen/Qwen3-8B"
+    assert {"eagle3", "speculative-decoding"} <= set(front["tags"])
+    assert front.keys() == {"base_model", "library_name", "pipeline_tag", "tags"}
+    assert "--model-path Qwen/Qwen3-8B" in body
+    assert "--speculative-draft-model-path me/draft" in body
+    assert "revision `0123abcd`" in body
+    assert "/cache" not in card
+    # A folder's name means nothing to the hub, which would refuse it.
+    card = model_card(make_run(), candidate, "abc123", date(2026, 1, 2))
+    assert "base_model" not in yaml.safe_load(card.split("---\n", 2)[1])
 
 
 def test_a_drafts_content_is_its_files_and_not_its_model_card(tmp_path):

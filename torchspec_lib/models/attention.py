@@ -104,6 +104,21 @@ def causal_attention(q_TND: Tensor, k_SGD: Tensor, v_SGD: Tensor, scale: float) 
     return _attend(q_TND, k_SGD, v_SGD, visible, ([], []), scale)
 
 
+def branch_attention(
+    q_KND: Tensor,
+    k_SGD: Tensor,
+    v_SGD: Tensor,
+    own: tuple[Sequence[Tensor], Sequence[Tensor]],
+    scale: float,
+) -> Tensor:
+    """Attention of a row on each of K branches over the S rows that all of them follow.
+
+    And over the rows of its own branch: ``own`` has their keys and values [K, G, D], by depth.
+    """
+    visible = torch.full((len(q_KND),), len(k_SGD), device=q_KND.device)
+    return _attend(q_KND, k_SGD, v_SGD, visible, own, scale)
+
+
 def _attend(
     q_TND: Tensor,
     k_SGD: Tensor,

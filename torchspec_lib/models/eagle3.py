@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from torchspec_lib.models.attention import Rotary, causal_attention
+from torchspec_lib.models.attention import Rotary, branch_attention, causal_attention
 from torchspec_lib.models.compiled import compiled_on_gpu
 from torchspec_lib.models.draft_config import DraftModelConfig
 from torchspec_lib.models.precision import at_least_fp32
@@ -119,12 +119,43 @@ class KeyValueCache:
             self._values = torch.cat([self._values, v_TGD])
         return self._keys, self._values
 
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """All keys and values; there must be some."""
+        assert self._keys is not None
+        assert self._values is not None
+        return self._keys, self._values
+
     def truncate(self, length: int) -> None:
         """Forget all rows from ``length`` on."""
         if not 0 <= length <= self.length:
             raise ValueError(f"can't truncate {self.length} rows to {length}")
         if self._keys is not None and self._values is not None:
             self._keys, self._values = self._keys[:length], self._values[:length]
+
+
+class Branches:
+    """Keys and values of K branches that part behind a document's cached rows, by depth."""
+
+    def __init__(self, trunk: KeyValueCache) -> None:
+        self._keys: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self.trunk = trunk
+
+    @property
+    def next_position(self) -> int:
+        return self.trunk.length + len(self._keys)
+
+    def follow(self, branch_K: Tensor) -> None:
+        """Let branch k go on from where branch ``branch_K[k]`` has got to."""
+        self._keys = [k[branch_K] for k in self._keys]
+        self._values = [v[branch_K] for v in self._values]
+
+    def append(self, k_KGD: Tensor, v_KGD: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Add a row to every branch; gives all their own rows, by depth."""
+        self._keys.append(k_KGD)
+        self._values.append(v_KGD)
+        return self._keys, self._values
 
 
 class Eagle3Draft(nn.Module):
@@ -206,6 +237,20 @@ class Eagle3Draft(nn.Module):
             return causal_attention(q_TND, *cache.append(k_TGD, v_TGD), self.attention_scale)
 
         return self.layer(embeds_TH, states_TH, positions_T, attend)
+
+    def decode_branches(self, embeds_KH: Tensor, states_KH: Tensor, branches: Branches) -> Tensor:
+        """Run a row on each of K branches, which see what they follow and nothing of each other.
+
+        Returns:
+            [K, H], as ``decode``. The branches have grown.
+        """
+        position = torch.tensor(branches.next_position, device=embeds_KH.device)
+
+        def attend(q_KND: Tensor, k_KGD: Tensor, v_KGD: Tensor) -> Tensor:
+            own = branches.append(k_KGD, v_KGD)
+            return branch_attention(q_KND, *branches.trunk.rows, own, self.attention_scale)
+
+        return self.layer(embeds_KH, states_KH, position.expand(len(embeds_KH)), attend)
 
     def _normed(self, out_TH: Tensor) -> Tensor:
         normed_TH: Tensor = self.norm(out_TH)

@@ -48,7 +48,7 @@ def head_loss(
 
     Args:
         states: [C, H] for each depth, after the norm.
-        lm_head_VdH: The draft's.
+        lm_head_VdH: The draft's; may be frozen.
         teacher_Vd: The target's logits, [C + K - 1, Vd]: row c + k teaches chain c at depth k.
         weights_KC: Of each chain's loss in the total; 0 where it isn't trained.
         loss: Weight of each of ``models.losses``.
@@ -74,8 +74,8 @@ class _HeadLoss(torch.autograd.Function):
         draft_ids_KC = torch.empty(weights_KC.shape, dtype=torch.int64, device=weights_KC.device)
         scales_KC = weights_KC.to(exact)
         loss_of_rows = _loss_of_rows_for(lm_head.device)
-        train = any(ctx.needs_input_grad)
-        head_grad = torch.zeros_like(lm_head, dtype=exact) if train else None
+        train, train_head = any(ctx.needs_input_grad), ctx.needs_input_grad[0]
+        head_grad = torch.zeros_like(lm_head, dtype=exact) if train_head else None
         state_grads = [torch.empty_like(x) for x in states] if train else []
         for depth, x in enumerate(states):
             for rows in _blocks(len(x), len(lm_head)):
@@ -84,8 +84,9 @@ class _HeadLoss(torch.autograd.Function):
                 losses_KC[depth, rows], draft_ids_KC[depth, rows] = loss_of_rows(
                     logits, shifted, scales_KC[depth, rows], loss
                 )
-                if head_grad is not None:
+                if train:
                     torch.mm(logits, lm_head, out=state_grads[depth][rows])
+                if head_grad is not None:
                     add_product_(head_grad, logits.T, x[rows])
         del logits, shifted  # the next line needs room
         # Rounded now, as autograd would: half the memory until the backward.
@@ -101,7 +102,9 @@ class _HeadLoss(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         head_grad, state_grads = ctx.head_grad, ctx.state_grads
         del ctx.head_grad, ctx.state_grads
-        return head_grad.mul_(scale), None, None, None, *(grad.mul_(scale) for grad in state_grads)
+        if head_grad is not None:
+            head_grad.mul_(scale)
+        return head_grad, None, None, None, *(grad.mul_(scale) for grad in state_grads)
 
 
 def loss_of_rows_(

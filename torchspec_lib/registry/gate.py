@@ -20,7 +20,7 @@ def conditions(report: EvalReport) -> str:
         ``"hf, chains of 5, temperature 0, heldout-3f9a0c12 (100 prompts), at most 128 tokens"``
     """
     return (
-        f"{report.engine}, chains of {report.draft_steps}, temperature {report.temperature:g}, "
+        f"{report.engine}, {report.drafting}, temperature {report.temperature:g}, "
         f"{report.prompt_set}, at most {report.max_new_tokens} tokens"
     )
 

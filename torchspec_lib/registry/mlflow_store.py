@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +88,8 @@ class MlflowStore:
         )
         run_id, status = mlflow_run.info.run_id, "FAILED"
         try:
-            card = model_card(candidate, self._name, code, config_hash(run))
             client.log_artifacts(run_id, str(candidate.draft_dir), DRAFT_FOLDER)
-            client.log_text(run_id, card, f"{DRAFT_FOLDER}/{MODEL_CARD}")
+            self._log_card(run_id, run, candidate)
             client.log_text(run_id, run.model_dump_json(indent=2), "config.json")
             client.log_text(run_id, candidate.report.model_dump_json(indent=2), EVALUATION)
             self._log_curves(run_id, candidate)
@@ -112,6 +111,7 @@ class MlflowStore:
             return
         report = candidate.report.model_dump_json(indent=2)
         self._client.log_text(found.run_id, report, EVALUATION)
+        self._log_card(found.run_id, run, candidate)
         for key, value in tags.items():
             self._client.set_model_version_tag(self._name, version, key, value)
 
@@ -142,6 +142,10 @@ class MlflowStore:
             return str(experiment.experiment_id)
         location = None if self._artifacts is None else self._artifacts.as_uri()
         return str(self._client.create_experiment(self._name, artifact_location=location))
+
+    def _log_card(self, run_id: str, run: RunConfig, candidate: Candidate) -> None:
+        card = model_card(run, candidate, code_version(), datetime.now(UTC).date())
+        self._client.log_text(run_id, card, f"{DRAFT_FOLDER}/{MODEL_CARD}")
 
     def _log_curves(self, run_id: str, candidate: Candidate) -> None:
         from mlflow.entities import Metric

@@ -1,12 +1,17 @@
 """What people read: the last lines of a run, and the README of a registered draft."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
 
-from torchspec_lib.registry.candidate import Candidate
+from torchspec_lib.config.run import RunConfig
+from torchspec_lib.registry.candidate import Candidate, config_hash
 from torchspec_lib.registry.gate import conditions
-from torchspec_lib.results import Cost, Estimate, EvalReport, RegisteredDraft
+from torchspec_lib.results import Cost, Estimate, EvalReport, RegisteredDraft, SetResult
 
 LABEL_WIDTH = 15
+RESULTS = ("prompts", "number", "accept length", "by position", "lossless", "speed-up")
+TAGS = ("eagle3", "speculative-decoding", "draft-model", "sglang", "vllm")
 
 
 def run_summary(candidate: Candidate, outcome: RegisteredDraft) -> str:
@@ -17,7 +22,7 @@ def run_summary(candidate: Candidate, outcome: RegisteredDraft) -> str:
         "registered" if outcome.registered else "not registered": _outcome(outcome),
         "accept length": (
             f"{report.accept_length:.2f} tokens per target forward (plain decoding: 1.00), "
-            f"by position {_percentages(report)}"
+            f"by position {_percentages(report.accept_rates)}"
         ),
         "measured with": conditions(report),
         "lossless": f"{report.num_lossless} of {report.num_prompts} prompts",
@@ -33,61 +38,64 @@ def run_summary(candidate: Candidate, outcome: RegisteredDraft) -> str:
         "cost": cost_text(candidate.cost),
         "draft": str(candidate.draft_dir),
     }
+    if outcome.hub:
+        rows["hub"] = outcome.hub
     if outcome.registered:
         rows["look at it"] = _viewer(outcome.tracking_uri)
     return "\n".join(f"{label:<{LABEL_WIDTH}}{text}" for label, text in rows.items())
 
 
-def model_card(candidate: Candidate, model_name: str, code: str, config: str) -> str:
+def model_card(run: RunConfig, candidate: Candidate, code: str, day: date) -> str:
     """The README of a registered draft: how to serve it, what it reached, what it is made of.
 
-    Args:
-        candidate: The draft.
-        model_name: What it is registered as.
-        code: ``code_version``.
-        config: ``config_hash``.
-    """
-    report, target, manifest = candidate.report, candidate.target, candidate.manifest
-    steps = report.draft_steps
-    return f"""# {model_name}
+    Its head is what the Hugging Face Hub reads of a model card.
 
-An EAGLE-3 draft for the target `{target.path}` (fingerprint `{target.fingerprint}`), and for no
-other.
+    Args:
+        run: What trained it.
+        candidate: The draft.
+        code: ``code_version``.
+        day: When it was registered with these figures.
+    """
+    report, target = candidate.report, candidate.target
+    named, hub_id = run.model.target, _hub_id(run, candidate)
+    draft = run.registry.push_to_hub or "THIS_FOLDER"
+    return f"""---
+{_front_matter(hub_id)}
+---
+
+# {run.registry.model_name}
+
+An EAGLE-3 draft for the target `{named}` (fingerprint `{target.fingerprint}`), and for no other.
 
 ## Serve it
 
 SGLang:
 
-    python -m sglang.launch_server --model-path {target.path} \\
-      --speculative-algorithm EAGLE3 --speculative-draft-model-path THIS_FOLDER \\
-      --speculative-num-steps {steps} --speculative-eagle-topk 1 \\
-      --speculative-num-draft-tokens {steps + 1}
+    python -m sglang.launch_server --model-path {named} --dtype {run.model.dtype} \\
+      --speculative-algorithm EAGLE3 --speculative-draft-model-path {draft} \\
+      --speculative-num-steps {report.draft_steps} --speculative-eagle-topk {report.draft_topk} \\
+      --speculative-num-draft-tokens {report.num_rows}
 
-vLLM:
+vLLM, which drafts chains:
 
-    vllm serve {target.path} --speculative-config \\
-      '{{"method": "eagle3", "model": "THIS_FOLDER", "num_speculative_tokens": {steps}}}'
+    vllm serve {named} --dtype {run.model.dtype} --speculative-config \\
+      '{{"method": "eagle3", "model": "{draft}", "num_speculative_tokens": {report.draft_steps}}}'
 
 ## What it reached
 
-Accept length {report.accept_length:.2f}: new tokens per target forward, the target's own included;
-plain decoding has 1.00. By position: {_percentages(report)}. Lossless on {report.num_lossless} of
-{report.num_prompts} prompts.
-Measured with: {conditions(report)}.
+New tokens per target forward, the target's own included; plain decoding has 1.00. By position:
+how often the draft's token there is accepted, where those before it were.
+
+{_table(RESULTS, _reached(report))}
+
+{_table(("measured with", ""), _conditions(run, candidate, day))}
+
+The speed-up is this evaluation's own, in a plain loop without an engine; by the costs of the
+models' forwards alone it would be {report.projected_speedup:.2f}x on the first row's prompts.
 
 ## What it is made of
 
-| | |
-|---|---|
-| samples trained | {candidate.training.num_trained:,} in {candidate.training.num_steps:,} steps |
-| data set | `{manifest.dataset_id}`, {manifest.num_tokens:,} tokens |
-| training run | `{candidate.training.run_id}` |
-| code | `{code}` |
-| settings | `{config}`, in `config.json` beside the draft's folder |
-
-## What it cost
-
-{cost_text(candidate.cost)}.
+{_table(("made of", ""), _lineage(run, candidate, code, hub_id))}
 """
 
 
@@ -116,6 +124,84 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def _hub_id(run: RunConfig, candidate: Candidate) -> str | None:
+    """The target's, if it came from the hub: then it lies in a snapshot, by its revision."""
+    from_hub = Path(candidate.target.path).parent.name == "snapshots"
+    return run.model.target if from_hub else None
+
+
+def _front_matter(base_model: str | None) -> str:
+    lines = [f"base_model: {base_model}"] if base_model else []
+    lines += ["library_name: sglang", "pipeline_tag: text-generation", "tags:"]
+    lines += [f"- {tag}" for tag in TAGS]
+    return "\n".join([*lines, "# license: yours to choose, in accord with the target's"])
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _reached(report: EvalReport) -> list[tuple[str, ...]]:
+    """A row for each set of prompts and category; records without sets have the held-out one."""
+    sets: Sequence[EvalReport | SetResult] = report.sets or (report,)
+    return [
+        (
+            _prompts(one),
+            f"{one.num_prompts:,}",
+            f"{one.accept_length:.2f}",
+            _percentages(one.accept_rates),
+            f"{one.num_lossless:,} of {one.num_prompts:,}",
+            f"{one.measured_speedup:.2f}x",
+        )
+        for one in sets
+    ]
+
+
+def _prompts(one: EvalReport | SetResult) -> str:
+    if isinstance(one, EvalReport) or one.category is None:
+        return one.prompt_set
+    return f"{one.name}: {one.category}"
+
+
+def _conditions(run: RunConfig, candidate: Candidate, day: date) -> list[tuple[str, str]]:
+    report = candidate.report
+    return [
+        ("engine", f"{report.engine}, on {run.cluster.device}"),
+        ("target", f"`{run.model.target}` in {run.model.dtype}"),
+        ("drafting", report.drafting),
+        ("K (draft tokens, one behind the other)", str(report.draft_steps)),
+        ("temperature", f"{report.temperature:g}"),
+        ("tokens of an answer", f"at most {report.max_new_tokens}"),
+        ("date", day.isoformat()),
+    ]
+
+
+def _lineage(
+    run: RunConfig, candidate: Candidate, code: str, hub_id: str | None
+) -> list[tuple[str, str]]:
+    manifest, training, target = candidate.manifest, candidate.training, candidate.target
+    revision = f", revision `{Path(target.path).name}`" if hub_id else ""
+    start = run.training.continual_from
+    return [
+        ("target", f"`{run.model.target}`, fingerprint `{target.fingerprint}`{revision}"),
+        (
+            "data",
+            f"`{manifest.dataset_id}`: {manifest.num_prompts:,} prompts, "
+            f"{manifest.num_tokens:,} tokens",
+        ),
+        ("draft vocabulary", f"{manifest.draft_vocab_size:,} tokens"),
+        ("started from", f"`{'/'.join(Path(start).parts[-2:])}`" if start else "scratch"),
+        ("trained", f"{training.num_trained:,} samples in {training.num_steps:,} steps"),
+        ("training run", f"`{training.run_id}`"),
+        ("code", f"`{code}`"),
+        ("settings", f"`{config_hash(run)}`, in `config.json` beside the draft's folder"),
+        ("GPU-hours", f"{candidate.cost.gpu_hours:,.2f}"),
+        ("tokens trained", f"{candidate.cost.num_tokens:,}"),
+        ("wall time", duration(candidate.cost.wall_s)),
+    ]
+
+
 def _outcome(outcome: RegisteredDraft) -> str:
     if not outcome.registered:
         return outcome.decision
@@ -124,8 +210,8 @@ def _outcome(outcome: RegisteredDraft) -> str:
     return f"{outcome.model_name} version {outcome.version}{alias}{again}: {outcome.decision}"
 
 
-def _percentages(report: EvalReport) -> str:
-    return " ".join(f"{rate:.0%}" for rate in report.accept_rates)
+def _percentages(accept_rates: Iterable[float]) -> str:
+    return " ".join(f"{rate:.0%}" for rate in accept_rates)
 
 
 def _speedup(report: EvalReport) -> str:

@@ -15,6 +15,7 @@ from torchspec_lib.config.run import RunConfig
 from torchspec_lib.errors import ConfigError
 from torchspec_lib.registry.candidate import Candidate, content_hash
 from torchspec_lib.registry.gate import GateDecision, check_champion, check_draft, conditions
+from torchspec_lib.registry.hub import push
 from torchspec_lib.registry.mlflow_store import DraftVersion, MlflowStore
 from torchspec_lib.registry.model_card import run_summary
 from torchspec_lib.results import EvalReport, RegisteredDraft
@@ -105,16 +106,20 @@ def register_draft(run: RunConfig, candidate: Candidate) -> RegisteredDraft:
     """Register a draft that passes the gate; make it the champion if it is the best.
 
     The same content registered again is the version that it was, with its newest figures.
-    A draft that fails the gate changes nothing.
+    A draft that fails the gate changes nothing. A champion is pushed to the hub, where that is
+    asked for; should it fail, doing all of this again does what is missing.
 
     Raises:
-        ConfigError: The champion is a draft for another target.
+        ConfigError: The champion is a draft for another target, or the hub refuses it.
+        RecoverableError: The hub didn't take it.
         ValueError: The champion's figure can't be compared with the candidate's, and the
             candidate brings no ``champion_report`` under the same conditions.
     """
     start = time.perf_counter()
     gate = judge(run, candidate)
     outcome = _register(run, candidate) if gate.passed else _refusal(run, gate)
+    if outcome.registered and run.registry.push_to_hub is not None:
+        outcome = outcome.model_copy(update={"hub": _publish(run, outcome)})
     stage_s = {**candidate.stage_s, "register": time.perf_counter() - start}
     logger.info(
         "event=gate registered=%s version=%s champion=%s decision=%r",
@@ -170,6 +175,16 @@ def _register(run: RunConfig, candidate: Candidate) -> RegisteredDraft:
         tracking_uri=store.tracking_uri,
         summary="",
     )
+
+
+def _publish(run: RunConfig, outcome: RegisteredDraft) -> str:
+    """Push the champion as it was registered, model card included; no other draft."""
+    store = _open(run)
+    best = store.champion()
+    if best is None or best.version != outcome.version:
+        return "not pushed: it isn't the champion"
+    with tempfile.TemporaryDirectory(prefix="hub-") as folder:
+        return push(store.download(best, Path(folder)), run.registry, best.version)
 
 
 def _refusal(run: RunConfig, gate: GateDecision) -> RegisteredDraft:

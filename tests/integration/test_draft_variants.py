@@ -1,0 +1,310 @@
+"""Drafts that start from other layouts and vocabularies, with a frozen head, or other layers."""
+
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+from tests.training_cases import (
+    CPU,
+    DRAFT_VOCAB,
+    HIDDEN,
+    ONE_BATCH,
+    SAMPLE_TOKENS,
+    VOCAB,
+    make_run,
+    make_sample,
+    make_target,
+    make_trainer,
+    moments_of,
+    on_two_ranks,
+    one_rank,
+    train,
+    weights_of,
+)
+from torchspec_lib.config.run import RunConfig
+from torchspec_lib.data.vocab import inherited_vocab
+from torchspec_lib.errors import ConfigError
+from torchspec_lib.models.batch import pack
+from torchspec_lib.models.export import load_draft
+from torchspec_lib.models.published import read_published
+from torchspec_lib.models.validate import validate_draft
+from torchspec_lib.run_folder import continual_fingerprint
+from torchspec_lib.training.checkpoint import CheckpointFolder
+from torchspec_lib.training.eagle3_trainer import Eagle3Trainer
+from torchspec_lib.training.prefetch import PreparedStep
+
+HEAD = "draft.lm_head.weight"
+REMAP = {"continual_from": "anywhere", "continual_vocab": "remap"}
+OTHER_VOCAB = np.sort(np.random.default_rng(1).permutation(VOCAB)[:30]).astype(np.int64)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group():
+    with one_rank():
+        yield
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """An exported draft after two steps."""
+    folder = tmp_path_factory.mktemp("own")
+    trainer = make_trainer(folder)
+    train(trainer, 2, ONE_BATCH)
+    trainer.export(folder / "draft")
+    return folder / "draft"
+
+
+@pytest.fixture
+def target(tmp_path):
+    return make_target(tmp_path / "target")
+
+
+def write(folder, raw, tensors, as_torch=False):
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(raw))
+    if as_torch:
+        torch.save(tensors, folder / "pytorch_model.bin")
+    else:
+        save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def published(own, folder, layout, **changes):
+    """``own`` as somebody else would have published it."""
+    raw = json.loads((own / "config.json").read_text())
+    tensors = load_file(own / "model.safetensors")
+    if layout == "safeailab":  # an old config, pickled weights, the default layers unsaid
+        for key in ("eagle_config", "eagle_aux_hidden_state_layer_ids", "rope_parameters"):
+            del raw[key]
+        for key in ("head_dim", "fc_norm", "norm_output", "norm_before_residual", "rope_scaling"):
+            del raw[key]
+        tensors = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
+        tensors["d2t"] = tensors["d2t"].int()
+    elif layout == "vllm":  # its own names and convention, its own embedding
+        del raw["eagle_config"]
+        tensors = {
+            name if name in ("d2t", "t2d", "lm_head.weight") else f"model.{name}": tensor
+            for name, tensor in tensors.items()
+        }
+        tensors = {k.replace("midlayer.", "layers.0."): v for k, v in tensors.items()}
+        tensors["model.embed_tokens.weight"] = torch.zeros(VOCAB, HIDDEN)
+    elif layout == "sglang":  # no mask of the vocabulary
+        del raw["eagle_aux_hidden_state_layer_ids"], tensors["t2d"]
+    return write(folder, raw | changes, tensors, as_torch=layout == "safeailab")
+
+
+@pytest.mark.parametrize("layout", ["safeailab", "vllm", "sglang"])
+def test_a_draft_in_anybodys_layout_gives_its_weights(own, tmp_path, caplog, layout):
+    folder = published(own, tmp_path / layout, layout)
+    assert len(continual_fingerprint(folder)) == 16
+    expected = load_draft(own).draft.state_dict()
+    trainer = make_trainer(tmp_path / "run")
+    if layout == "safeailab":
+        # A target of 8 layers would have default ones; this one has too few.
+        with pytest.raises(ConfigError, match="names no eagle_aux_hidden_state_layer_ids"):
+            trainer.start_from(folder)
+        ids = {"eagle_config": {"eagle_aux_hidden_state_layer_ids": [2, 0, 1]}}
+        raw = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(raw | ids))
+    with caplog.at_level(logging.WARNING):
+        trainer.start_from(folder)
+    weights = weights_of(trainer)
+    assert {name.removeprefix("draft.") for name in weights} == set(expected)
+    for name, tensor in expected.items():
+        close = 1e-3 if layout == "safeailab" else 0.0
+        torch.testing.assert_close(weights[f"draft.{name}"], tensor, rtol=close, atol=close)
+    assert ("embedding_left_out" in caplog.text) == (layout == "vllm")
+    [step, *_] = train(trainer, 1, ONE_BATCH)
+    assert step.step == 1
+
+
+def test_the_layers_of_a_draft_that_names_none_are_the_targets_default(own, tmp_path, target):
+    folder = published(own, tmp_path / "theirs", "safeailab")
+    deeper = target.model_copy(update={"num_layers": 8})
+    assert read_published(folder, deeper).config.aux_layer_ids == (1, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"norm_before_residual": True}, "norm_before_residual is True, and only False"),
+        ({"num_hidden_layers": 2}, "num_hidden_layers is 2, and only 1"),
+        ({"speculators_model_type": "eagle3"}, "speculators' format"),
+        ({"eagle_aux_hidden_state_layer_ids": [0, 1, 2]}, "they must differ by one"),
+        ({"num_key_value_heads": 2}, r"k_proj\.weight is \[8, 32\], its config says \[16, 32\]"),
+        ({"fc_norm": True}, r"tensor fc_norm\.0\.weight is missing"),
+        ({"draft_vocab_size": 36}, "tensor d2t has 37 tokens, its config says 36"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"eagle_config": {"norm_before_fc": True}}, "norm_before_fc is True"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu' there and 'silu' here"),
+    ],
+)
+def test_what_another_network_has_is_named(own, tmp_path, changes, words):
+    folder = published(own, tmp_path / "theirs", "ours", **changes)
+    with pytest.raises(ConfigError, match=rf"training\.continual_from: .*{words}"):
+        make_trainer(tmp_path / "run").start_from(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"no pickle", b"\x80\x02}q\x00."])
+def test_weights_that_are_no_weights_are_refused(own, tmp_path, content):
+    folder = published(own, tmp_path / "theirs", "safeailab")
+    (folder / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin|is missing"):
+        make_trainer(tmp_path / "run").start_from(folder)
+
+
+def test_a_draft_that_was_trained_with_another_rope_is_started_from_with_a_warning(
+    own, tmp_path, caplog
+):
+    other = {"rope_parameters": {"rope_type": "default", "rope_theta": 5.0}}
+    folder = published(own, tmp_path / "theirs", "ours", **other)
+    with caplog.at_level(logging.WARNING):
+        make_trainer(tmp_path / "run").start_from(folder)
+    assert "event=starts_with_other_settings" in caplog.text
+    assert "rope_parameters" in caplog.text
+
+
+def test_a_remapped_head_has_the_shared_tokens_rows_and_else_the_targets(own, tmp_path):
+    trainer = make_trainer(
+        tmp_path, {**REMAP, "draft": {"vocab_size": 30}}, draft_vocab=OTHER_VOCAB
+    )
+    fresh = weights_of(trainer)[HEAD]
+    trainer.start_from(own)
+    weights, theirs = weights_of(trainer), load_draft(own).draft.state_dict()
+    lm_head = load_file(tmp_path / "target-0/model.safetensors")["lm_head.weight"]
+    shared = 0
+    for row, token in enumerate(OTHER_VOCAB.tolist()):
+        if token in DRAFT_VOCAB:
+            shared += 1
+            old = theirs["lm_head.weight"][DRAFT_VOCAB.tolist().index(token)]
+            assert torch.equal(weights[HEAD][row], old)
+            assert not torch.equal(weights[HEAD][row], fresh[row])
+        else:
+            assert torch.equal(weights[HEAD][row], lm_head[token])
+    assert 0 < shared < len(OTHER_VOCAB)
+    assert torch.equal(weights["draft.fc.weight"], theirs["fc.weight"])
+    assert train(trainer, 1, ONE_BATCH)
+
+
+def test_a_vocabulary_is_kept_unless_it_is_to_be_remapped(own, target):
+    def run(size, vocab):
+        return RunConfig.model_validate(
+            {
+                "model": {"target": target.path},
+                "data": {"train": ["t"], "heldout": ["h"]},
+                "draft": {"vocab_size": size},
+                "training": {"continual_from": str(own), "continual_vocab": vocab},
+            }
+        )
+
+    assert inherited_vocab(run(37, "keep")).tolist() == DRAFT_VOCAB.tolist()
+    assert inherited_vocab(run(37, "remap")) is None
+    with pytest.raises(ConfigError, match=r"draft\.vocab_size: 30 .* has 37\. Set it to 37"):
+        inherited_vocab(run(30, "keep"))
+    pickled = published(own, own.parent / "pickled", "safeailab")
+    kept = run(37, "keep")
+    training = kept.training.model_copy(update={"continual_from": str(pickled)})
+    kept = kept.model_copy(update={"training": training})
+    assert inherited_vocab(kept).tolist() == DRAFT_VOCAB.tolist()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_frozen_head_stays_the_targets_and_everything_else_learns(tmp_path, optimizer):
+    changes = {"draft": {"freeze_head": True}, "optimizer": optimizer}
+    trainer = make_trainer(tmp_path, changes, interval=2)
+    before = weights_of(trainer)
+    metrics = train(trainer, 3, ONE_BATCH)
+    after = weights_of(trainer)
+    lm_head = load_file(tmp_path / "target-0/model.safetensors")["lm_head.weight"]
+    assert torch.equal(after[HEAD], lm_head[torch.from_numpy(DRAFT_VOCAB)])
+    assert [name for name in after if torch.equal(after[name], before[name])] == [HEAD]
+    assert moments_of(trainer).keys() == after.keys() - {HEAD}
+    trainer.export(tmp_path / "draft")
+    validate_draft(tmp_path / "draft", make_target(tmp_path / "target-0"))
+    assert torch.equal(load_draft(tmp_path / "draft").draft.lm_head.weight, after[HEAD])
+    # The checkpoint of step 2, resumed, takes the very step 3.
+    again = make_trainer(tmp_path, changes, interval=2)
+    again.resume(tmp_path / "ckpt" / "step_000002")
+    [third] = train(again, 3, ONE_BATCH)
+    assert third.loss == metrics[2].loss
+    assert all(torch.equal(tensor, after[name]) for name, tensor in weights_of(again).items())
+
+
+def test_the_gradients_beside_a_frozen_head_are_those_beside_a_trained_one(tmp_path):
+    """One step of plain descent in effect: AdamW's first has the gradient's sign alone."""
+    frozen = make_trainer(tmp_path / "a", {"draft": {"freeze_head": True}, "max_grad_norm": 1e9})
+    trained = make_trainer(tmp_path / "b", {"max_grad_norm": 1e9})
+    train(frozen, 1, ONE_BATCH)
+    train(trained, 1, ONE_BATCH)
+    of_frozen, of_trained = moments_of(frozen), moments_of(trained)
+    assert of_trained.keys() - of_frozen.keys() == {HEAD}
+    for name, moments in of_frozen.items():
+        assert torch.equal(moments["exp_avg"], of_trained[name]["exp_avg"])
+
+
+@pytest.mark.parametrize("source", ["draft", "ckpt/step_000002"])
+def test_a_frozen_head_is_the_targets_whatever_the_draft_starts_from(tmp_path, source):
+    first = make_trainer(tmp_path / "first", {"learning_rate": 0.1}, interval=2)
+    train(first, 2, ONE_BATCH)
+    first.export(tmp_path / "first/draft")
+    second = make_trainer(tmp_path / "second", {"draft": {"freeze_head": True}})
+    head = weights_of(second)[HEAD]
+    second.start_from(tmp_path / "first" / source)
+    weights, old = weights_of(second), weights_of(first)
+    assert torch.equal(weights[HEAD], head)
+    assert not torch.equal(head, old[HEAD])
+    assert torch.equal(weights["draft.fc.weight"], old["draft.fc.weight"])
+
+
+def _two_frozen_ranks(folder: Path) -> None:
+    trainer = make_trainer(
+        folder,
+        {**REMAP, "draft": {"freeze_head": True, "vocab_size": 30}},
+        draft_vocab=OTHER_VOCAB,
+    )
+    before = weights_of(trainer)
+    trainer.start_from(folder / "draft")
+    started = weights_of(trainer)
+    train(trainer, 1, [[0, 4], [5]])
+    trained = weights_of(trainer)
+    if dist.get_rank() == 0:  # which has them whole
+        assert torch.equal(started[HEAD], before[HEAD])
+        assert torch.equal(trained[HEAD], before[HEAD])
+        fc = "draft.fc.weight"
+        assert not torch.equal(started[fc], before[fc])
+        assert not torch.equal(trained[fc], started[fc])
+
+
+def test_ranks_that_share_a_frozen_head_start_from_another_vocabulary(own, tmp_path):
+    (tmp_path / "draft").symlink_to(own)
+    on_two_ranks(_two_frozen_ranks, tmp_path)
+
+
+@pytest.mark.parametrize("ids", [[2], [0, 7], [0, 1, 3], [0, 1, 2, 5, 6]])
+def test_a_draft_reads_as_many_layers_as_it_is_told(tmp_path, target, ids):
+    deeper = target.model_copy(update={"num_layers": 8})
+    run = make_run(deeper, {"aux_layer_ids": ids, "fc_norm": len(ids) == 5})
+    checkpoints = CheckpointFolder(tmp_path / "ckpt", {}, 10**6, 1)
+    trainer = Eagle3Trainer(run, deeper, DRAFT_VOCAB, 4, checkpoints, CPU)
+    width = len(ids) * HIDDEN
+    samples = []
+    for index, num_tokens in enumerate(SAMPLE_TOKENS):
+        aux = torch.randn(num_tokens, width, generator=torch.Generator().manual_seed(index))
+        samples.append(make_sample(index, num_tokens) | {"aux_hidden_states": aux})
+    step = PreparedStep(1, (pack(samples),), (), (), sum(SAMPLE_TOKENS))
+    losses = [trainer.train_step(step)().loss for _ in range(4)]
+    assert losses[-1] < losses[0]
+    trainer.export(tmp_path / "draft")
+    validate_draft(tmp_path / "draft", deeper)
+    loaded = load_draft(tmp_path / "draft")
+    assert loaded.config.aux_layer_ids == tuple(ids)
+    assert read_published(tmp_path / "draft", deeper).config == loaded.config
+    trained = weights_of(trainer)
+    for name, tensor in loaded.draft.state_dict().items():
+        assert torch.equal(tensor, trained[f"draft.{name}"])
