@@ -51,7 +51,7 @@ $(READY): pyproject.toml constraints.txt tools/system_libraries.sh
 	touch $(READY)
 
 IMAGES := --image default=torchspec-flyte:cpu --image gpu=torchspec-flyte:gpu
-VERSION ?= $(shell git describe --always --dirty --abbrev=40 --exclude="*")
+VERSION ?= $(or $(shell git describe --always --dirty --abbrev=40 --exclude="*" 2>/dev/null),unversioned)
 
 package: $(READY)  ## everything that a Flyte cluster registers, offline
 	mkdir -p build

@@ -31,7 +31,7 @@ def failure_report(
         facts(
             {
                 "what to do": RELAUNCH,
-                "a relaunch finds": "; ".join(unfinished) or "no run with a checkpoint",
+                "unfinished": "; ".join(unfinished) or "no run that has a checkpoint",
                 "removed, half-made": "; ".join(removed) or "nothing",
             }
         ),

@@ -92,12 +92,13 @@ def _publish(
     run: RunInput, data: PreparedData, report: EvalReport, champion: EvalReport | None
 ) -> None:
     """Beside this run, too, where the evaluation itself was found in Flyte's cache."""
-    from tasks import draft_reports, reports
+    from tasks import reports
+    from tasks.evaluation_report import evaluation_report
     from torchspec_lib.data.chat import ChatTokenizer
 
     remote = run.model.trust_remote_code
     tokenizer = ChatTokenizer.load(data.target.path, remote).tokenizer
-    page = draft_reports.evaluation_report(report, champion, tokenizer)
+    page = evaluation_report(report, champion, tokenizer)
     reports.publish("evaluation", page, data.run_folder(run))
 
 

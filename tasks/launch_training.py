@@ -29,7 +29,7 @@ def find_draft(run: RunInput, data: PreparedData) -> TrainedDraft:
         page = draft_reports.training_report(summary, folder.read_metrics())
         reports.publish("training", page, folder)
         tell(f"run {folder.run_id} is trained already (fresh: true trains it again)")
-        return training.trained_draft(summary, folder, summary.wall_s)
+        return training.trained_draft(summary, folder)
 
 
 @dynamic(

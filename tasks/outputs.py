@@ -20,6 +20,9 @@ class CheckedRun(Settings):
     """What the results of stages are cached under: contents, where a path would say nothing."""
 
     data_key: str
+    """Of the conversations, how they are prepared, and the target."""
+    answers_key: str
+    """Of the target's own answers to them; empty where none are wanted, or the data prepared."""
     evaluation_key: str
     """Of everything that an evaluation depends on beside the draft."""
 

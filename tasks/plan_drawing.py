@@ -16,7 +16,10 @@ def drawing(plan: ClusterPlan) -> str:
     amounts = f"{size(plan.segment_bytes)}, {size(plan.max_in_flight_bytes)} in flight"
     store = [box("store", "Mooncake store", amounts)]
     if plan.placement == "colocate":
-        names = [f"rank {i} + engine {i}" for i in range(len(plan.training_bundles))]
+        names = [
+            f"rank {i} + engine {i}" + (" + decoder" if "decoding" in bundle.roles else "")
+            for i, bundle in enumerate(plan.training_bundles)
+        ]
         shared = _nodes("shared", "node", names, plan.training_bundles, plan.training_num_nodes)
         return flow(shared, store, arrow="⇄") + note(
             "A trainer rank and an engine share each GPU"
@@ -34,8 +37,15 @@ def drawing(plan: ClusterPlan) -> str:
             "engine", "inference node", engines, plan.inference_bundles, plan.inference_num_nodes
         ),
         store,
-        _nodes("trainer", "training node", ranks, plan.training_bundles, plan.training_num_nodes),
+        _nodes("trainer", "training node", ranks, plan.training_bundles, plan.training_num_nodes)
+        + _decoders(plan),
     )
+
+
+def _decoders(plan: ClusterPlan) -> list[str]:
+    """What decodes snapshots of the draft, if anything does."""
+    bundles, names = plan.decoding_bundles, ["decoder of snapshots"] * len(plan.decoding_bundles)
+    return _nodes("engine", "decoding node", names, bundles, len(bundles)) if bundles else []
 
 
 def _nodes(

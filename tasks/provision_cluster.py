@@ -3,7 +3,7 @@
 from flytekit import Cache, task
 
 from tasks.outputs import PreparedData, ProvisionedCluster
-from tasks.resources import CPU_IMAGE, POD_TEMPLATE, RETRIES, SHORT, TINY, cluster_nodes
+from tasks.resources import CPU_IMAGE, HUB_TOKEN, POD_TEMPLATE, RETRIES, SHORT, TINY, cluster_nodes
 from tasks.run_input import RunInput
 from tasks.stage import stage, tell
 
@@ -15,6 +15,7 @@ CACHE_VERSION = "1"
     container_image=CPU_IMAGE,
     requests=TINY,
     pod_template_name=POD_TEMPLATE,
+    secret_requests=[HUB_TOKEN],
     cache=Cache(version=CACHE_VERSION, serialize=True),
     retries=RETRIES,
     timeout=SHORT,
@@ -36,5 +37,8 @@ def provision_cluster(run: RunInput, data: PreparedData) -> ProvisionedCluster:
         registry.champion(run, data.target)  # raises where it belongs to another target
         estimate = cost.estimate(run, plan, data.manifest)
         tell(f"about {estimate_text(estimate)} ({estimate.basis})")
-        reports.publish("plan", reports.plan_report(plan, estimate), data.run_folder(run))
+        folder = data.run_folder(run)
+        if reports.is_missing("data", folder):
+            reports.publish_data(run, data.target, data.manifest, data.shared_folder(run))
+        reports.publish("plan", reports.plan_report(plan, estimate), folder)
         return ProvisionedCluster(plan=plan, estimate=estimate, wall_s=watch.elapsed_s)

@@ -45,6 +45,7 @@ def worker_groups(run: RunConfig, plan: ClusterPlan) -> tuple[WorkerGroup, ...]:
     roles = (
         ("training", plan.training_bundles, plan.training_num_nodes, resources.TRAINING),
         ("inference", plan.inference_bundles, plan.inference_num_nodes, resources.INFERENCE),
+        ("decoding", plan.decoding_bundles, len(plan.decoding_bundles), resources.INFERENCE),
     )
     return tuple(
         _group(name, bundles, num_nodes, machine, run, plan)

@@ -4,7 +4,7 @@ from flytekit import task
 
 from tasks.judge_draft import candidate_of
 from tasks.outputs import Evaluation, PreparedData, ProvisionedCluster, TrainedDraft, Verdict
-from tasks.resources import CPU_IMAGE, POD_TEMPLATE, RETRIES, SHORT, TINY
+from tasks.resources import CPU_IMAGE, HUB_TOKEN, POD_TEMPLATE, RETRIES, SHORT, TINY
 from tasks.run_input import RunInput
 from tasks.stage import stage
 from torchspec_lib.results import RegisteredDraft
@@ -14,6 +14,7 @@ from torchspec_lib.results import RegisteredDraft
     container_image=CPU_IMAGE,
     requests=TINY,
     pod_template_name=POD_TEMPLATE,
+    secret_requests=[HUB_TOKEN],
     retries=RETRIES,
     timeout=SHORT,
     enable_deck=True,

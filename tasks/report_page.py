@@ -52,6 +52,7 @@ STYLE = f"""<style>
   font: 13px/1.7 ui-monospace, Menlo, Consolas, monospace; background: #f7f9fb;
   border-radius: 6px; padding: .7rem .9rem; margin: .3rem 0 .9rem; max-height: 18rem;
   overflow-y: auto; }}
+.ts .text.summary {{ max-height: none; }}
 .ts .text.summary div {{ padding-left: 15ch; text-indent: -15ch; }}
 .ts .sample {{ color: {MUTED}; font-size: .87rem; overflow-wrap: anywhere; }}
 .ts mark {{ background: #d5efdf; color: inherit; border-radius: 3px; padding: .05em 0; }}
@@ -77,6 +78,8 @@ STYLE = f"""<style>
   border-width: 3px 0 0; background: #f7f9fb; }}
 .ts .node.rest {{ color: {MUTED}; padding-top: .8rem; max-width: 17rem; }}
 .ts .arrow {{ color: {MUTED}; font-size: 1.3rem; }}
+@media (max-width: 50rem) {{ .ts .flow {{ flex-direction: column; align-items: start; }}
+  .ts .arrow {{ rotate: 90deg; margin-left: 6rem; }} }}
 .ts .bars div {{ display: flex; align-items: center; gap: .6rem; margin: .25rem 0; }}
 .ts .bars span {{ width: 6rem; color: {MUTED}; }}
 .ts .bars i {{ background: {ACCENT}; height: .9rem; border-radius: 2px; min-width: 2px; }}
@@ -277,8 +280,13 @@ def plot(figure: "Figure", description: str) -> str:
     from matplotlib import rc_context
 
     buffer = io.BytesIO()
-    with rc_context({"svg.fonttype": "none", "font.family": "sans-serif"}):
-        figure.savefig(buffer, format="svg")
+    svg: dict[Any, object] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "same",
+        "font.family": "sans-serif",
+    }
+    with rc_context(svg):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})  # the same page every time
     data = base64.b64encode(buffer.getvalue()).decode()
     return (
         f'<figure><img alt="{escape(description)}" src="data:image/svg+xml;base64,{data}">'

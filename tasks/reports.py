@@ -1,38 +1,28 @@
 """What people look at: one report a stage, as a Flyte deck and as a file beside the run."""
 
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from flytekit import Deck
 
+from tasks.data_report import data_report
 from tasks.plan_drawing import cores, drawing
 from tasks.report_page import (
-    ACCENT,
-    MUTED,
-    amount,
-    axes,
     bars,
     decision,
     document,
     facts,
-    highlighted,
     lines,
     navigation,
     note,
     page,
-    plot,
-    sample_title,
     section,
     size,
     table,
     tiles,
-    whole_numbers,
 )
 from tasks.stage import is_local
 from torchspec_lib.config.run import RunConfig
-from torchspec_lib.data.dataset import decoded_spans, load_prompts, summarize
+from torchspec_lib.data.chat import ChatTokenizer
 from torchspec_lib.plan import ClusterPlan
 from torchspec_lib.ray.capacity import describe
 from torchspec_lib.registry.candidate import Candidate, code_version, config_hash
@@ -40,11 +30,9 @@ from torchspec_lib.registry.gate import conditions
 from torchspec_lib.registry.model_card import duration
 from torchspec_lib.results import DatasetManifest, Estimate, RegisteredDraft
 from torchspec_lib.run_folder import RunFolder
+from torchspec_lib.target import TargetSpec
 
 NAMES = ("data", "plan", "training", "evaluation", "registration")
-NUM_SAMPLES = 6
-QUANTILES = {"mean": "mean", "min": "least", "5%": "5%", "50%": "median", "95%": "95%"}
-QUANTILES |= {"max": "most"}
 
 
 def publish(name: str, html: str, folder: RunFolder) -> None:
@@ -56,81 +44,25 @@ def publish(name: str, html: str, folder: RunFolder) -> None:
         _link(folder.reports)
 
 
+def is_missing(name: str, folder: RunFolder) -> bool:
+    """Whether a local run lacks a report's file: its stage was found in Flyte's cache."""
+    return is_local() and not (folder.reports / f"{name}.html").is_file()
+
+
+def publish_data(run: RunConfig, target: TargetSpec, manifest: DatasetManifest, data: Path) -> None:
+    """The report on a data set, beside the run that trains on it."""
+    tokenizer = ChatTokenizer.load(target.path, run.model.trust_remote_code).tokenizer
+    page = data_report(manifest, data, tokenizer)
+    publish("data", page, RunFolder.of(run, manifest, target))
+
+
 def _link(reports: Path) -> None:
-    """Link the files with each other; a stage that isn't done, or was cached, has none."""
+    """Link the files with each other; a stage that isn't done has none."""
     present = [name for name in NAMES if (reports / f"{name}.html").is_file()]
     for name in present:
         path = reports / f"{name}.html"
         before, _, rest = path.read_text().partition("<nav>")
         path.write_text(before + navigation(present, name) + rest.partition("</nav>")[2])
-
-
-def data_report(manifest: DatasetManifest, folder: Path, tokenizer: Any) -> str:
-    """What the draft is trained on: sizes, lengths, and samples that show what is supervised."""
-    prompts = load_prompts(folder)
-    supervised = manifest.num_loss_tokens / manifest.num_tokens
-    rejected = [(reason, f"{count:,}") for reason, count in manifest.rejected.items()]
-    return page(
-        "Prepared data",
-        f"data set {manifest.dataset_id}",
-        tiles(
-            {
-                "prompts": amount(manifest.num_prompts),
-                "held-out prompts": amount(manifest.num_heldout),
-                "tokens": amount(manifest.num_tokens),
-                "of them supervised": f"{supervised:.0%}",
-                "draft vocabulary": f"{manifest.draft_vocab_size:,}",
-                "of supervised tokens in it": f"{manifest.vocab_coverage:.2%}",
-            }
-        ),
-        section("Lengths", _length_plot(prompts.lengths, manifest), _quantiles(folder)),
-        section(
-            "Samples",
-            note("Marked text is supervised: the draft learns to predict it, end of turn included"),
-            *(
-                sample_title(
-                    f"{prompt.prompt_id}: {prompt.num_tokens:,} tokens, "
-                    f"{int(prompt.loss_mask.sum()):,} supervised"
-                )
-                + highlighted(decoded_spans(tokenizer, prompt))
-                for prompt in islice(prompts, NUM_SAMPLES)
-            ),
-        ),
-        section(
-            "Filtered out",
-            table(("reason", "conversations"), rejected) if rejected else note("Nothing"),
-        ),
-    )
-
-
-def _quantiles(folder: Path) -> str:
-    """How lengths are spread over the prompts."""
-    spread = summarize(folder)
-    labels = {
-        "num_tokens": ("tokens of a prompt", "{:,.0f}"),
-        "num_loss_tokens": ("of them supervised", "{:,.0f}"),
-        "vocab_coverage": ("of these in the draft's vocabulary", "{:.1%}"),
-    }
-    rows = [
-        (label, *(form.format(spread[column][key]) for key in QUANTILES))
-        for column, (label, form) in labels.items()
-        if column in spread
-    ]
-    return table(("", *QUANTILES.values()), rows)
-
-
-def _length_plot(lengths: Any, manifest: DatasetManifest) -> str:
-    figure, (ax,) = axes([""], 2.4)
-    median = int(np.median(lengths))
-    ax.hist(lengths, bins=60, range=(0, manifest.longest), color=ACCENT)
-    ax.axvline(median, color=MUTED, ls=":", lw=1)
-    ax.set(xlabel="tokens", ylabel="prompts", xlim=(0, None))
-    whole_numbers(ax.xaxis)
-    whole_numbers(ax.yaxis)
-    return plot(
-        figure,
-        f"Tokens of a prompt: median {median:,} (dotted), the longest has {manifest.longest:,}",
-    )
 
 
 def plan_report(plan: ClusterPlan, estimate: Estimate) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 
-from flytekit import Resources
+from flytekit import Resources, Secret
 
 from tasks.stage import is_local
 
@@ -23,11 +23,20 @@ TINY = Resources(cpu="1", mem="2Gi")
 DATA_PREPARATION = Resources(cpu="4", mem="16Gi")
 EVALUATION = Resources(cpu="8", mem="64Gi", gpu="1")
 
+HUB_TOKEN = Secret(
+    group="huggingface",
+    key="token",
+    mount_requirement=Secret.MountType.ENV_VAR,
+    env_var="HF_TOKEN",
+)
+"""For ``registry.push_to_hub``; Flyte leaves it out where there is no such secret. Local runs take
+``HF_TOKEN`` from the shell."""
+
 SHORT = timedelta(hours=1)
 """Tasks that should take a minute; a node for their pod may have to be found first."""
 PREPARATION_TIMEOUT = timedelta(hours=12)
 EVALUATION_TIMEOUT = timedelta(hours=6)
-TRAINING_TIMEOUT = timedelta(days=7)
+TRAINING_TIMEOUT = REGENERATION_TIMEOUT = timedelta(days=7)
 """Waiting for the GPUs counts."""
 RETRIES = 2
 """Of tasks that are cheap to repeat."""

@@ -19,6 +19,7 @@ import flytekit.configuration
 import flytekit.core.data_persistence
 from flytekit import FlyteContextManager
 from flytekit.core.context_manager import ExecutionState
+from flytekit.exceptions.base import FlyteRecoverableException
 
 from tasks.run_input import with_full_paths
 from torchspec_lib import logs
@@ -47,7 +48,8 @@ def stage(title: str) -> Iterator[Stopwatch]:
     """The frame of a task's work.
 
     In a local run, errors that this project raises on purpose become a ``PlainError``. On a
-    cluster they stay what they are, and Flyte shows them as the user's.
+    cluster they stay what they are, and Flyte shows them as the user's; but for what another
+    try can cure, which its retries count.
     """
     watch = Stopwatch()
     # torch's default is a folder in /tmp, which it makes on import and leaves.
@@ -56,7 +58,8 @@ def stage(title: str) -> Iterator[Stopwatch]:
     logs.setup("driver", level=logging.WARNING if is_local() else logging.INFO)
     with terminable():
         if not is_local():
-            yield watch
+            with retryable():
+                yield watch
             return
         click.secho(title, bold=True, err=True)
         try:
@@ -86,6 +89,15 @@ def terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def retryable() -> Iterator[None]:
+    """Make what another try can cure Flyte's recoverable error: nothing else is tried again."""
+    try:
+        yield
+    except RecoverableError as error:
+        raise FlyteRecoverableException(str(error)) from error
 
 
 def is_local() -> bool:

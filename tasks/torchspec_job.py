@@ -13,14 +13,12 @@ from typing import Any
 
 from flytekit.configuration import SerializationSettings
 from flytekit.core.context_manager import ExecutionParameters
-from flytekit.exceptions.base import FlyteRecoverableException
 from flytekit.extend import TaskPlugins
 from flytekitplugins.ray import HeadNodeConfig, RayJobConfig, WorkerNodeConfig
 from flytekitplugins.ray.task import RayFunctionTask
 
 from tasks.ray_pods import WorkerGroup, head_template, worker_template
-from tasks.stage import is_local, terminable
-from torchspec_lib.errors import RecoverableError
+from tasks.stage import is_local, retryable, terminable
 
 INJECTED_INPUT = "cluster"
 LOG_RETENTION_S = 60
@@ -95,11 +93,9 @@ class TorchSpecTask(RayFunctionTask):
     def execute(self, **kwargs: Any) -> Any:
         with ExitStack() as stack:
             stack.enter_context(terminable())
-            try:
-                cluster = stack.enter_context(self._task_config.bring_up(**kwargs))
-                return super().execute(**kwargs, **{INJECTED_INPUT: cluster})
-            except RecoverableError as error:
-                raise FlyteRecoverableException(str(error)) from error
+            stack.enter_context(retryable())
+            cluster = stack.enter_context(self._task_config.bring_up(**kwargs))
+            return super().execute(**kwargs, **{INJECTED_INPUT: cluster})
 
 
 TaskPlugins.register_pythontask_plugin(TorchSpecJob, TorchSpecTask)

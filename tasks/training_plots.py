@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tasks.report_page import ACCENT, GOOD, MUTED, WARM, axes, plot, whole_numbers
-from torchspec_lib.types import StepMetrics
+from torchspec_lib.results import SnapshotResult
+from torchspec_lib.types import StepMetrics, pooled_accept_length
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,11 +40,11 @@ def _over_steps(ax: "Axes", resumed: int, top: float | None = None) -> None:
 
 
 def learning_plot(steps: Sequence[StepMetrics], resumed: int) -> str:
-    """Loss, and acceptance by depth."""
+    """Loss, and acceptance by position."""
     windows = _windows(steps)
     middles = _middles(windows)
     rates_WK = np.array([_accept_rates(window) for window in windows])
-    figure, (loss, rates) = axes(["loss in nats", "accept rate by depth"], 3.0)
+    figure, (loss, rates) = axes(["loss in nats", "accept rate by position"], 3.0)
     some = steps[:: math.ceil(len(steps) / NUM_POINTS)]
     loss.plot([s.step for s in some], [s.loss for s in some], color=ACCENT, alpha=0.35, lw=0.8)
     means = [sum(step.loss for step in window) / len(window) for window in windows]
@@ -51,19 +52,19 @@ def learning_plot(steps: Sequence[StepMetrics], resumed: int) -> str:
     _over_steps(loss, resumed)
     for depth, rates_W in enumerate(rates_WK.T):
         alpha = 1.0 - 0.75 * depth / rates_WK.shape[1]
-        rates.plot(middles, rates_W, color=GOOD, alpha=alpha, marker=".", label=f"{depth}")
-    rates.legend(title="depth", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+        rates.plot(middles, rates_W, color=GOOD, alpha=alpha, marker=".", label=f"{depth + 1}")
+    rates.legend(title="position", frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     _over_steps(rates, resumed, top=1.0)
     rates.yaxis.set_major_formatter("{x:.0%}")
     return plot(
         figure,
         "Loss of single steps, and the mean of several; share of the draft's tokens that are the "
-        "target's own choice, at each depth given that all before were right",
+        "target's own choice, at each position in the chain given that all before were right",
     )
 
 
 def _accept_rates(steps: Sequence[StepMetrics]) -> npt.NDArray[np.float64]:
-    """By depth, from the counts of several steps together; NaN where hardly any got so far."""
+    """By position, from the counts of several steps together; NaN where hardly any got so far."""
     chains_K = np.sum([step.chains for step in steps], axis=0)
     matches_K = np.sum([step.matches for step in steps], axis=0)
     return np.where(chains_K >= MIN_CHAINS, matches_K / np.maximum(chains_K, 1), np.nan)
@@ -89,4 +90,27 @@ def throughput_plot(steps: Sequence[StepMetrics], resumed: int) -> str:
     wait.yaxis.set_major_formatter("{x:.0%}")
     return plot(
         figure, "Tokens of all ranks per second; how long trainer rank 0 waited for samples"
+    )
+
+
+def acceptance_plot(
+    steps: Sequence[StepMetrics], snapshots: Sequence[SnapshotResult], exported: int, resumed: int
+) -> str:
+    """Accept length as the training simulates it, and as snapshots have it when they decode."""
+    windows = _windows(steps)
+    figure, (lengths,) = axes(["accept length"], 2.6)
+    simulated = [pooled_accept_length(window) for window in windows]
+    lengths.plot(_middles(windows), simulated, color=ACCENT, marker=".", label="simulated")
+    found = {snapshot.step: snapshot.accept_length for snapshot in snapshots}
+    lengths.plot(list(found), list(found.values()), color=GOOD, marker="o", label="real")
+    if exported in found:
+        lengths.plot(
+            [exported], [found[exported]], color=WARM, ls="", marker="*", ms=14, label="exported"
+        )
+    lengths.legend(frameon=False, loc="lower right")
+    _over_steps(lengths, resumed)
+    return plot(
+        figure,
+        "Simulated: on the training data's own text, by the training-time test. Real: decoding "
+        "prompts set aside with the draft as it was after a step",
     )

@@ -9,6 +9,7 @@ from typing import Literal
 import yaml
 from flytekit import CronSchedule, Email, LaunchPlan, PagerDuty, Slack
 from flytekit.models.common import Labels, Notification
+from flytekit.models.concurrency import ConcurrencyLimitBehavior, ConcurrencyPolicy
 from flytekit.models.core.execution import WorkflowExecutionPhase
 
 from tasks.ray_pods import QUEUE_LABEL
@@ -17,6 +18,8 @@ from torchspec_lib.config.settings import Settings, find_path
 from workflows import train_draft as pipeline
 from workflows import train_nightly as nightly_pipeline
 
+ONE_AT_A_TIME = ConcurrencyPolicy(1, ConcurrencyLimitBehavior.SKIP)
+"""While a night lasts no other begins: what arrived meanwhile is the next one's."""
 Phase = Literal["SUCCEEDED", "FAILED", "TIMED_OUT", "ABORTED"]
 
 
@@ -82,6 +85,7 @@ def nightly(settings: Nightly, notify: Notify) -> LaunchPlan:
         name="train_draft_nightly",
         fixed_inputs={"run": run},
         schedule=CronSchedule(schedule=settings.schedule, kickoff_time_input_arg="kickoff"),
+        concurrency=ONE_AT_A_TIME,
         notifications=notify.notifications,
         labels=queue_labels(run),
     )

@@ -9,6 +9,7 @@ from tasks import judge_draft as judging_task
 from tasks import launch_training as training_step
 from tasks import prepare_data as data_task
 from tasks import provision_cluster as cluster_task
+from tasks import regenerate_responses as regeneration_step
 from tasks import register_artifact as registry_task
 from tasks import report_failure as failure_task
 from tasks.run_input import RunInput
@@ -26,7 +27,8 @@ def train_draft(run: RunInput) -> RegisteredDraft:
         What was registered, or why nothing was, with all figures of the run.
     """
     checked = check_task.check_run(run=run)
-    data = data_task.prepare_data(run=run, key=checked.data_key)
+    answers = regeneration_step.regenerate_responses(run=run, key=checked.answers_key)
+    data = data_task.prepare_data(run=run, key=checked.data_key, answers=answers)
     provisioned = cluster_task.provision_cluster(run=run, data=data)
     draft = training_step.launch_training(run=run, data=data, provisioned=provisioned)
     evaluation = evaluation_task.evaluate_checkpoint(

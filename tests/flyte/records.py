@@ -9,6 +9,7 @@ MANIFEST = DatasetManifest(
     num_tokens=120_000,
     num_loss_tokens=60_000,
     longest=300,
+    turns={"supervised": 100},
     rejected={},
     draft_vocab_size=512,
     vocab_coverage=0.99,

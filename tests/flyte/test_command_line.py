@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import yaml
+from click.testing import CliRunner
+from flytekit.clis.sdk_in_container import pyflyte as command_line
 
 from torchspec_lib.config.settings import PROJECT_ROOT
 
@@ -28,8 +31,8 @@ def pyflyte(
     )
 
 
-def run_with(settings: dict[str, Any], folder: Path) -> subprocess.CompletedProcess[str]:
-    """``pyflyte run`` with the demo's configuration, changed by ``settings``."""
+def inputs_with(settings: dict[str, Any], folder: Path) -> Path:
+    """The demo's configuration, changed by ``settings``."""
     run = yaml.safe_load((PROJECT_ROOT / "configs/tiny.yaml").read_text())["run"]
     run["data_root"] = str(folder / "data")
     for path, value in settings.items():
@@ -40,14 +43,26 @@ def run_with(settings: dict[str, Any], folder: Path) -> subprocess.CompletedProc
         section[name] = value
     inputs = folder / "inputs.yaml"
     inputs.write_text(yaml.safe_dump({"run": run}))
-    temp_dir = folder / "temp"
-    temp_dir.mkdir()
-    return pyflyte("run", WORKFLOW, "train_draft", "--inputs-file", str(inputs), temp_dir=temp_dir)
+    return inputs
 
 
-def said(finished: subprocess.CompletedProcess[str]) -> str:
+def refused(settings: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What the command says to such a run, which it must refuse. In this process: many ask."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.chdir(PROJECT_ROOT)
+    monkeypatch.setenv("COLUMNS", "200")
+    inputs = inputs_with(settings, folder)
+    command = ["run", WORKFLOW, "train_draft", "--inputs-file", str(inputs)]
+    result = CliRunner().invoke(command_line.main, command)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit | click.ClickException)
+    assert "Traceback" not in result.output
+    return words(result.output)
+
+
+def words(output: str) -> str:
     """What the command said, without the frame around it."""
-    return " ".join((finished.stdout + finished.stderr).replace("│", " ").split())
+    return " ".join(output.replace("│", " ").split())
 
 
 def child_cpu_s() -> float:
@@ -109,6 +124,10 @@ print(json.dumps([name for name in {HEAVY_MODULES!r} if name in sys.modules]))
         ),
         ({"data.train": ["nowhere.jsonl"]}, "run.data.train[0]: 'nowhere.jsonl' doesn't exist"),
         ({"model.target": "./nowhere"}, "run.model.target: './nowhere' doesn't exist"),
+        (
+            {"data.chat_template_kwargs": {"enable_thinking": None}},
+            "run.data.chat_template_kwargs.enable_thinking: must be true, false, a number",
+        ),
         ({"draft.aux_layer_ids": [1, 99]}, "run.draft.aux_layer_ids: layer 99 doesn't exist"),
         (
             {"transfer.max_in_flight_bytes": 100_000},
@@ -125,33 +144,40 @@ def test_a_mistake_is_told_in_a_sentence(
     settings: dict[str, Any], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    before = child_cpu_s()
-    finished = run_with(settings, tmp_path)
-    assert expected in said(finished)
+    assert expected in refused(settings, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [({"sede": 1}, "Did you mean seed?"), ({"data.train": ["nowhere.jsonl"]}, "doesn't exist")],
+)
+def test_a_refused_command_takes_seconds_shows_no_traceback_and_leaves_no_temporary_folder(
+    settings: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    temp_dir = tmp_path / "temp"
+    temp_dir.mkdir()
+    inputs, before = inputs_with(settings, tmp_path), child_cpu_s()
+    command = ("run", WORKFLOW, "train_draft", "--inputs-file", str(inputs))
+    finished = pyflyte(*command, temp_dir=temp_dir)
+    said = words(finished.stdout + finished.stderr)
     assert finished.returncode == 1
-    assert "Traceback" not in said(finished)
+    assert expected in said
+    assert "Traceback" not in said
     assert child_cpu_s() - before < 5.0
+    assert list(temp_dir.iterdir()) == []
 
 
-def test_a_broken_line_of_the_conversations_is_named(tmp_path: Path) -> None:
+def test_a_broken_line_of_the_conversations_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     good = (PROJECT_ROOT / "examples/tiny_target/train.jsonl").read_text().splitlines()[:2]
     conversations = tmp_path / "conversations.jsonl"
     conversations.write_text("\n".join([*good, '{"messages": [']))
-    finished = run_with({"data.train": [str(conversations)]}, tmp_path)
-    assert f"{conversations}:3: is not valid JSON" in said(finished)
-    assert finished.returncode == 1
-    assert "Traceback" not in said(finished)
+    said = refused({"data.train": [str(conversations)]}, tmp_path, monkeypatch)
+    assert f"{conversations}:3: is not valid JSON" in said
 
 
-def test_every_mistake_is_told_at_once(tmp_path: Path) -> None:
-    finished = run_with({"sede": 1, "training.num_epochs": 0}, tmp_path)
-    assert "run.sede" in said(finished)
-    assert "run.training.num_epochs" in said(finished)
-
-
-@pytest.mark.parametrize("settings", [{"sede": 1}, {"data.train": ["nowhere.jsonl"]}])
-def test_a_failed_command_leaves_no_temporary_folder(
-    settings: dict[str, Any], tmp_path: Path
-) -> None:
-    run_with(settings, tmp_path)
-    assert list((tmp_path / "temp").iterdir()) == []
+def test_every_mistake_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = refused({"sede": 1, "training.num_epochs": 0}, tmp_path, monkeypatch)
+    assert "run.sede" in said
+    assert "run.training.num_epochs" in said

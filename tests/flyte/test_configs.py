@@ -78,6 +78,9 @@ def test_the_cluster_s_pod_template_is_the_one_that_the_tasks_name() -> None:
     (volume,) = template["template"]["spec"]["volumes"]
     assert volume["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
     assert mount["name"] == volume["name"]
+    (token,) = container["env"]
+    assert token["name"] == "HF_TOKEN"
+    assert token["valueFrom"]["secretKeyRef"]["optional"]  # public targets need none
     for name in ("single_node", "three_nodes", "nightly"):
         assert load(PROJECT_ROOT / f"configs/{name}.yaml").data_root == mount["mountPath"]
 

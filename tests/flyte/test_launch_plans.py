@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from flyteidl.admin import launch_plan_pb2
 from flyteidl.core import execution_pb2
 from flytekit.core.type_engine import TypeEngine
 from flytekit.models.literals import Literal
@@ -50,6 +51,12 @@ def test_nights_come_by_the_clock_and_all_their_inputs_are_bound(package: Packag
     inputs = package.workflow("train_nightly.train_nightly").template.interface.inputs.variables
     assert bound == set(inputs) == {"run", "kickoff"}
     assert run_in(spec.fixed_inputs.literals["run"]).data.train == ("/data/inbox",)
+
+
+def test_a_night_is_left_out_where_the_one_before_still_lasts(package: Package) -> None:
+    policy = package.launch_plan("train_draft_nightly").spec.concurrency_policy
+    assert policy.max == 1
+    assert policy.behavior == launch_plan_pb2.CONCURRENCY_LIMIT_BEHAVIOR_SKIP
 
 
 @pytest.mark.parametrize("name", [name for name in OWN if name != "train_draft_nightly"])

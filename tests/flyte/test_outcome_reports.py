@@ -7,25 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tasks import draft_reports, reports
+from tasks import reports
+from tasks.evaluation_report import evaluation_report
 from tasks.failure_page import failure_report
 from tests.flyte.pages import PageCheck, plots, run_in
 from tests.flyte.records import MANIFEST, SUMMARY
-from torchspec_lib.config.models import ModelConfig
-from torchspec_lib.data.chat import ChatTokenizer
 from torchspec_lib.registry.candidate import Candidate
-from torchspec_lib.results import Cost, EvalReport, PromptResult, RegisteredDraft
-from torchspec_lib.target import TargetSpec, read_target
-
-
-@pytest.fixture(scope="module")
-def target() -> TargetSpec:
-    return read_target(ModelConfig(target="examples/tiny_target"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(target: TargetSpec):
-    return ChatTokenizer.load(target.path).tokenizer
+from torchspec_lib.results import Cost, EvalReport, PromptResult, RegisteredDraft, SetResult
+from torchspec_lib.target import TargetSpec
 
 
 def evaluated(prompts: tuple[PromptResult, ...]) -> EvalReport:
@@ -65,9 +54,7 @@ def test_the_evaluation_report_marks_the_tokens_that_the_draft_got_right(tokeniz
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     first, *others = [tokenizer.decode([i]) for i in ids]
     accepted = len(others) - 1  # all but the first and the last, which are the target's own
-    html = draft_reports.evaluation_report(
-        evaluated((answer(text, (accepted,), len(ids)),)), None, tokenizer
-    )
+    html = evaluation_report(evaluated((answer(text, (accepted,), len(ids)),)), None, tokenizer)
     assert PageCheck(html).marked == others[:-1]
     assert first not in PageCheck(html).marked
 
@@ -75,15 +62,15 @@ def test_the_evaluation_report_marks_the_tokens_that_the_draft_got_right(tokeniz
 def test_the_evaluation_report_shows_the_champion_beside_the_draft(tokenizer) -> None:
     draft = evaluated((answer("It is red.", (2, 1), 6),))
     champion = draft.model_copy(update={"accept_length": 2.25, "accept_rates": (0.5, 0.25)})
-    html = draft_reports.evaluation_report(draft, champion, tokenizer)
+    html = evaluation_report(draft, champion, tokenizer)
     PageCheck(html)
     assert "Better than the champion: 2.50 against 2.25 tokens per target forward (+11.1%)" in html
     assert "<td>" in html.partition("the champion</th>")[2]
     (acceptance,) = plots(html)
     assert "the champion" in acceptance
     assert "25%" in acceptance
-    assert "Not better" in draft_reports.evaluation_report(champion, draft, tokenizer)
-    alone = draft_reports.evaluation_report(draft, None, tokenizer)
+    assert "Not better" in evaluation_report(champion, draft, tokenizer)
+    alone = evaluation_report(draft, None, tokenizer)
     assert "the champion" not in alone + plots(alone)[0]
 
 
@@ -94,7 +81,7 @@ def test_the_evaluation_report_shows_answers_that_the_draft_changed_before_the_o
     changed = answer("It is <i>green</i>.", (1,), 3).model_copy(update={"lossless": False})
     report = evaluated((best, good, changed))
     report = report.model_copy(update={"num_prompts": 3, "num_lossless": 2})
-    html = draft_reports.evaluation_report(report, None, tokenizer)
+    html = evaluation_report(report, None, tokenizer)
     PageCheck(html)
     assert "1 of 3 answers differ from plain decoding" in html
     titles = [
@@ -109,11 +96,42 @@ def test_the_evaluation_report_shows_answers_that_the_draft_changed_before_the_o
 
 
 def test_an_answer_whose_tokens_are_uncertain_is_left_unmarked(tokenizer) -> None:
-    html = draft_reports.evaluation_report(
-        evaluated((answer("It is red.", (2, 2, 2), 40),)), None, tokenizer
-    )
+    html = evaluation_report(evaluated((answer("It is red.", (2, 2, 2), 40),)), None, tokenizer)
     assert PageCheck(html).marked == []
     assert "It is red." in html
+
+
+def test_the_evaluation_report_tells_sets_categories_and_what_trees_gain(tokenizer) -> None:
+    report = evaluated((answer("It is red.", (2, 1), 6),))
+    assert "Prompt sets" not in evaluation_report(report, None, tokenizer)
+    heldout = SetResult(
+        name="heldout",
+        category=None,
+        prompt_set=report.prompt_set,
+        num_prompts=1,
+        num_lossless=1,
+        accept_length=2.5,
+        accept_rates=(0.75, 0.5),
+        num_new_tokens=6,
+        plain_s=2.0,
+        speculative_s=1.6,
+    )
+    named = {"name": "mt_bench", "accept_length": 1.75}
+    sets = (heldout, *(heldout.model_copy(update=named | {"category": c}) for c in (None, "<a>")))
+    trees = {"draft_topk": 4, "num_draft_tokens": 8, "target_rows_s": {1: 0.004, 8: 0.006}}
+    html = evaluation_report(
+        report.model_copy(update={"sets": sets, "chain": heldout, **trees}), None, tokenizer
+    )
+    PageCheck(html)
+    _, _, table = html.partition("Prompt sets")
+    assert table.count("mt_bench") == 2
+    assert "&lt;a&gt;" in table
+    assert "trees of 2 steps, top-k 4, 8 tokens" in table
+    assert "1.25x" in table.partition("chains of 2")[2]
+    chains = report.model_copy(update={"target_rows_s": {1: 0.004, 2: 0.0045, 3: 0.02}})
+    html = evaluation_report(chains, None, tokenizer)
+    PageCheck(html)
+    assert "Chains of 1 would gain most here" in html
 
 
 def outcome(**changes: object) -> RegisteredDraft:

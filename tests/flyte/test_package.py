@@ -6,11 +6,12 @@ from flyteidl.core import tasks_pb2
 from tests.flyte.serialized import Package
 
 CACHED = {
-    "prepare_data.prepare_data": ["run"],
-    "provision_cluster.provision_cluster": [],
-    "evaluate_checkpoint.evaluate_checkpoint": ["run", "data", "draft"],
+    "prepare_data.prepare_data": ("2", ["run", "answers"]),
+    "provision_cluster.provision_cluster": ("1", []),
+    "regenerate_responses.answer_prompts": ("1", ["run"]),
+    "evaluate_checkpoint.evaluate_checkpoint": ("2", ["run", "data", "draft"]),
 }
-"""Tasks that Flyte caches, and the inputs that its key leaves out."""
+"""Tasks that Flyte caches: under which version, and the inputs that its key leaves out."""
 ALL_TASKS = [
     "check_run.check_run",
     "choose_prompts.choose_prompts",
@@ -21,6 +22,8 @@ ALL_TASKS = [
     "launch_training.launch_training",
     "prepare_data.prepare_data",
     "provision_cluster.provision_cluster",
+    "regenerate_responses.answer_prompts",
+    "regenerate_responses.regenerate_responses",
     "register_artifact.register_artifact",
     "register_artifact.report_rejection",
     "report_failure.report_failure",
@@ -29,8 +32,11 @@ ALL_TASKS = [
 ON_A_GPU_IMAGE = {
     "evaluate_checkpoint.evaluate_checkpoint",
     "judge_draft.judge_draft",
+    "regenerate_responses.answer_prompts",
     "train_draft.train_draft",
 }
+STEPS = {"launch_training.launch_training", "regenerate_responses.regenerate_responses"}
+"""Dynamic steps, which only start tasks and last as long as these."""
 
 
 def steps(package: Package, workflow: str) -> list[str]:
@@ -64,6 +70,7 @@ def test_the_package_holds_every_task_and_no_other(package: Package) -> None:
 def test_the_pipeline_is_the_sentence_that_it_reads_as(package: Package) -> None:
     assert steps(package, "train_draft.train_draft") == [
         "check_run",
+        "regenerate_responses",
         "prepare_data",
         "provision_cluster",
         "launch_training",
@@ -90,8 +97,8 @@ def test_exactly_the_repeatable_stages_are_cached_under_stated_versions(
     metadata = package.task(name).metadata
     assert metadata.discoverable == (name in CACHED)
     if name in CACHED:
-        assert metadata.discovery_version == "1"
-        assert list(metadata.cache_ignore_input_vars) == CACHED[name]
+        ignored = list(metadata.cache_ignore_input_vars)
+        assert (metadata.discovery_version, ignored) == CACHED[name]
         assert metadata.cache_serializable
 
 
@@ -107,9 +114,16 @@ def test_every_task_has_a_timeout_its_image_and_the_shared_volume(
 
 
 @pytest.mark.parametrize("name", ALL_TASKS)
+def test_every_task_has_a_deck_but_the_step_that_only_starts_one_that_has(
+    package: Package, name: str
+) -> None:
+    assert package.task(name).metadata.generates_deck.value == (name not in STEPS)
+
+
+@pytest.mark.parametrize("name", ALL_TASKS)
 def test_every_task_of_the_pipeline_is_tried_again(package: Package, name: str) -> None:
-    """But for the step that lasts as long as the training, which is tried again by itself."""
-    once = {"report_failure.report_failure", "launch_training.launch_training"}
+    """But for the steps that last as long as what they start, which is tried again by itself."""
+    once = {"report_failure.report_failure", *STEPS}
     assert (package.task(name).metadata.retries.retries >= 2) == (name not in once)
 
 
@@ -125,7 +139,11 @@ def test_the_dynamic_step_may_last_as_long_as_the_training_in_it(package: Packag
 def test_only_what_loses_nothing_runs_where_it_may_be_interrupted(
     package: Package, name: str
 ) -> None:
-    goes_on = name in {"train_draft.train_draft", "evaluate_checkpoint.evaluate_checkpoint"}
+    goes_on = name in {
+        "train_draft.train_draft",
+        "evaluate_checkpoint.evaluate_checkpoint",
+        "regenerate_responses.answer_prompts",
+    }
     assert package.task(name).metadata.interruptible == goes_on
 
 
@@ -133,5 +151,23 @@ def test_only_what_loses_nothing_runs_where_it_may_be_interrupted(
 def test_a_gpu_is_asked_for_where_a_model_runs_in_the_task_s_own_pod(
     package: Package, name: str
 ) -> None:
-    on_gpu = name in {"evaluate_checkpoint.evaluate_checkpoint", "judge_draft.judge_draft"}
+    on_gpu = name in ON_A_GPU_IMAGE - {"train_draft.train_draft"}
     assert (tasks_pb2.Resources.GPU in kinds(package.task(name))) == on_gpu
+
+
+def test_only_tasks_that_check_or_push_get_the_hubs_token_as_the_pod_template_has_it(
+    package: Package,
+) -> None:
+    asking = {
+        name: package.task(name).security_context.secrets
+        for name in ALL_TASKS
+        if package.task(name).security_context.secrets
+    }
+    assert sorted(asking) == [
+        "check_run.check_run",
+        "provision_cluster.provision_cluster",
+        "register_artifact.register_artifact",
+    ]
+    for (secret,) in asking.values():
+        assert (secret.group, secret.key, secret.env_var) == ("huggingface", "token", "HF_TOKEN")
+        assert secret.mount_requirement == secret.ENV_VAR

@@ -7,27 +7,15 @@ from pathlib import Path
 import pytest
 from flytekit import FlyteContextManager
 
-from tasks import draft_reports, plan_drawing, report_page, reports
+from tasks import data_report, draft_reports, plan_drawing, report_page, reports
 from tests.flyte.pages import PageCheck, plots, run_in
 from tests.flyte.records import ESTIMATE, SUMMARY
-from torchspec_lib.config.models import ModelConfig
-from torchspec_lib.data.chat import ChatTokenizer
 from torchspec_lib.data.dataset import prepare_dataset
 from torchspec_lib.plan import ClusterPlan, make_plan
 from torchspec_lib.results import DatasetManifest
 from torchspec_lib.run_folder import RunFolder
-from torchspec_lib.target import TargetSpec, read_target
+from torchspec_lib.target import TargetSpec
 from torchspec_lib.types import Recovery, StepMetrics
-
-
-@pytest.fixture(scope="module")
-def target() -> TargetSpec:
-    return read_target(ModelConfig(target="examples/tiny_target"))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(target: TargetSpec):
-    return ChatTokenizer.load(target.path).tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +57,25 @@ def test_the_data_report_marks_what_is_supervised(
     manifest, folder = dataset
     html = reports.data_report(manifest, folder, tokenizer)
     page = PageCheck(html)
-    assert len(page.marked) >= reports.NUM_SAMPLES
+    assert len(page.marked) >= data_report.NUM_SAMPLES
     assert all("<|user|>" not in text for text in page.marked)
     assert all(text.endswith("<|end|>") for text in page.marked)
     assert "of them supervised" in html
     assert len(plots(html)) == 1
+
+
+def test_the_data_report_tells_what_is_supervised_in_plain_words(
+    dataset: tuple[DatasetManifest, Path], tokenizer
+) -> None:
+    manifest, folder = dataset
+    html = reports.data_report(manifest, folder, tokenizer)
+    count = f"{manifest.turns['supervised']:,}"
+    assert f">supervised</td><td>{count}</td>" in html
+    assert "last_turn_only" not in html, "what there is none of"
+    turns = {"supervised": 1234, "left_out": 77, "without_end_of_turn": 5}
+    html = reports.data_report(manifest.model_copy(update={"turns": turns}), folder, tokenizer)
+    assert "left out by data.last_turn_only</td><td>77</td>" in html
+    assert "end-of-turn token</td><td>5</td>" in html
 
 
 def test_of_a_prompt_that_is_too_long_to_look_at_the_ends_are_shown() -> None:
@@ -178,7 +180,7 @@ def test_the_training_report_shows_its_curves(num_steps: int) -> None:
     assert "too long" in html
     learning, throughput = plots(html)
     assert "loss in nats" in learning
-    assert "accept rate by depth" in learning
+    assert "accept rate by position" in learning
     assert "tokens per second" in throughput
 
 

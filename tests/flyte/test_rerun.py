@@ -80,6 +80,33 @@ def test_unchanged_conversations_are_not_prepared_again(
     assert again.manifest == first.manifest
 
 
+def test_another_target_with_the_same_tokenizer_is_not_taken_for_the_first(
+    run: RunInput, tmp_path: Path
+) -> None:
+    first = prepared(run)
+    other = shutil.copytree(TINY, tmp_path / "other")
+    with (other / "model.safetensors").open("r+b") as weights:
+        weights.seek(-4, os.SEEK_END)
+        weights.write(b"tune")
+    tuned = run.model_copy(update={"model": run.model.model_copy(update={"target": str(other)})})
+    second = prepared(tuned)
+    assert second.manifest.dataset_id == first.manifest.dataset_id
+    assert second.target.path == str(other)
+    assert second.target.fingerprint != first.target.fingerprint
+    assert second.run_folder(tuned) != first.run_folder(run)
+
+
+def test_a_run_on_data_that_were_prepared_for_another_shows_them_too(run: RunInput) -> None:
+    first = prepared(run)
+    other = run.model_copy(update={"seed": 7})
+    data = prepared(other)
+    assert data.run_folder(other) != first.run_folder(run)
+    provision_cluster(run=other, data=data)
+    shown = (first.run_folder(run).reports / "data.html").read_text()
+    again = (data.run_folder(other).reports / "data.html").read_text()
+    assert again.partition("</nav>")[2] == shown.partition("</nav>")[2] != ""
+
+
 def test_a_changed_file_under_the_same_path_is_prepared_again(
     run: RunInput, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,6 +146,21 @@ def test_every_setting_of_the_evaluation_is_part_of_its_key(run: RunInput) -> No
     changed = run.evaluation.model_copy(update={"max_new_tokens": 5})
     other = run.model_copy(update={"evaluation": changed})
     assert check_run(run=other).evaluation_key != key
+
+
+def test_what_a_named_set_of_prompts_holds_is_part_of_the_evaluations_key(
+    run: RunInput, tmp_path: Path
+) -> None:
+    def key(name: str, text: str) -> str:
+        path = tmp_path / name
+        path.write_text(text)
+        changed = run.evaluation.model_copy(update={"sets": {"mt_bench": str(path)}})
+        return check_run(run=run.model_copy(update={"evaluation": changed})).evaluation_key
+
+    first = key("a.jsonl", '{"prompt": "One?"}\n')
+    assert key("b.jsonl", '{"prompt": "One?"}\n') == first
+    assert key("a.jsonl", '{"prompt": "Two?"}\n') != first
+    assert check_run(run=run).evaluation_key != first
 
 
 def finished(run: RunInput, data: PreparedData) -> TrainedDraft:

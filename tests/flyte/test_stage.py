@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from flytekit import FlyteContextManager
 from flytekit.core.context_manager import ExecutionState
+from flytekit.exceptions.base import FlyteRecoverableException
 
 from tasks.stage import PlainError, stage
 from torchspec_lib.config.settings import PROJECT_ROOT
@@ -43,6 +44,11 @@ def test_a_local_loss_says_how_to_go_on() -> None:
 def test_on_a_cluster_an_error_stays_what_it_is() -> None:
     with on_a_cluster(), pytest.raises(ConfigError), stage("prepare_data"):
         raise ConfigError("data.train", "it is empty", "Add some")
+
+
+def test_on_a_cluster_a_loss_is_worth_a_retry_in_every_task() -> None:
+    with on_a_cluster(), pytest.raises(FlyteRecoverableException), stage("evaluate_checkpoint"):
+        raise WorkerLostError("engine 0", "killed")
 
 
 def test_an_unforeseen_error_keeps_its_traceback() -> None:
