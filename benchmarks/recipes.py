@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.recipes [--only NAME ...] [--seeds N]`` trains, decodes the held-out prompts
 for real, and prints accept lengths with their spread; a draft takes a minute or two on two cores.
-Every row is the demo's configuration with a change or two.
+Every row is the demo's configuration with a change or two. What the output has isn't done again.
 """
 
 import argparse
@@ -29,6 +29,10 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "kl + tv": {"training": {"loss": {"kl": 0.5, "tv": 0.5}}},
     "tv": {"training": {"loss": {"tv": 1.0}}},
     "eagle-3.1": {"draft": {"fc_norm": True, "norm_output": True}},
+    "eagle-3.1, lk_alpha": {
+        "draft": {"fc_norm": True, "norm_output": True},
+        "training": {"loss": {"lk_alpha": 1.0}},
+    },
     "fc_norm": {"draft": {"fc_norm": True}},
     "norm_output": {"draft": {"norm_output": True}},
     "muon": {"training": {"optimizer": "muon"}},
@@ -38,6 +42,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "half the vocabulary": {"draft": {"vocab_size": 256}},
     "whole vocabulary": {"draft": {"vocab_size": None}},
 }
+PATIENCE_S = 3600.0
 
 
 def recipe(name: str, seed: int, data_root: Path) -> RunConfig:
@@ -55,7 +60,7 @@ def accept_length(run: RunConfig, folder: Path) -> float:
         AssertionError: It changed an answer.
     """
     folder.mkdir()
-    draft = Path(Driver(run, folder).summary()["draft_dir"])
+    draft = Path(Driver(run, folder).summary(PATIENCE_S)["draft_dir"])
     target = preflight(run)
     _, dataset = prepare_dataset(run, target)
     report = evaluate_draft(run, target, draft, dataset)
@@ -70,16 +75,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=Path("recipes.json"))
     options = parser.parse_args()
-    lengths: dict[str, list[float]] = {name: [] for name in options.only}
+    done: dict[str, dict[str, float]] = {}
+    if options.output.exists():
+        done = json.loads(options.output.read_text())
+    runs = [(seed, name) for seed in range(options.seeds) for name in options.only]
+    runs = [(seed, name) for seed, name in runs if str(seed) not in done.get(name, {})]
     with tempfile.TemporaryDirectory(prefix="recipes-") as scratch:
-        runs = [(seed, name) for seed in range(options.seeds) for name in options.only]
         for seed, name in tqdm(runs, "drafts"):
             run = recipe(name, seed, Path(scratch) / "data")
-            lengths[name].append(accept_length(run, Path(scratch) / f"{name}-{seed}"))
-            tqdm.write(f"{name}, seed {seed}: {lengths[name][-1]:.3f}")
-            options.output.write_text(json.dumps(lengths, indent=2) + "\n")
+            length = accept_length(run, Path(scratch) / f"{name}-{seed}")
+            done.setdefault(name, {})[str(seed)] = length
+            tqdm.write(f"{name}, seed {seed}: {length:.3f}")
+            options.output.write_text(json.dumps(done, indent=2) + "\n")
     print("| recipe | accept length | lowest | highest |\n|---|---|---|---|")
-    for name, values in lengths.items():
+    for name in options.only:
+        values = [done[name][str(seed)] for seed in range(options.seeds)]
         mean = statistics.mean(values)
         print(f"| {name} | {mean:.3f} | {min(values):.3f} | {max(values):.3f} |")
 

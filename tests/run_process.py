@@ -60,17 +60,17 @@ class Driver:
                 stderr=err,
             )
 
-    def finish(self) -> tuple[int, str, str]:
+    def finish(self, timeout_s: float = 240) -> tuple[int, str, str]:
         """Wait for its end: exit code, output, errors."""
-        code = self.process.wait(timeout=240)
+        code = self.process.wait(timeout_s)
         return code, self._out.read_text(), self._err.read_text()
 
     def said(self) -> str:
         """Output and errors so far."""
         return self._out.read_text() + self._err.read_text()
 
-    def summary(self) -> dict[str, Any]:
-        code, out, err = self.finish()
+    def summary(self, timeout_s: float = 240) -> dict[str, Any]:
+        code, out, err = self.finish(timeout_s)
         assert code == 0, err[-3000:]
         summary: dict[str, Any] = json.loads(out.splitlines()[-1])
         return summary
