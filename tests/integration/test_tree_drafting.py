@@ -127,7 +127,8 @@ def drafted(drafter, calls=4):
         tokens = torch.randint(VOCAB, (count,), generator=generator).tolist()
         aux = torch.randn(count, 3 * WIDTH, dtype=torch.float64, generator=generator)
         with torch.inference_mode():
-            yield tokens, aux, drafter.propose(tokens, aux)
+            tree = drafter.propose(tokens, aux)
+        yield tokens, aux, tree
 
 
 @pytest.mark.parametrize("changes", [{}, {"fc_norm": True, "norm_output": True}])
