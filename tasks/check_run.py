@@ -45,6 +45,7 @@ def check_run(run: RunInput) -> CheckedRun:
         dataset_id = sources.dataset_id(run, target)
         dataset = run.data_path / "datasets" / dataset_id
         answers = None if dataset.is_dir() else sources.answers(run, target)
+        by_sglang = run.evaluation.engine == "sglang"
         evaluation = {
             "dataset": dataset_id,
             "target": target.fingerprint,
@@ -52,6 +53,7 @@ def check_run(run: RunInput) -> CheckedRun:
             "device": run.cluster.device,
             "settings": run.evaluation.model_dump(mode="json", exclude={"sets"}),
             "sets": set_digests(run),
+            "sglang": run.inference.sglang.model_dump(mode="json") if by_sglang else None,
             "asked": run.data.chat_template_kwargs,
             "seed": run.seed if run.evaluation.temperature else None,  # greedy draws nothing
         }

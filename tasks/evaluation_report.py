@@ -44,41 +44,57 @@ def evaluation_report(report: EvalReport, champion: EvalReport | None, tokenizer
         "Evaluation",
         conditions(report),
         decision(*_comparison(report, champion)),
-        tiles(
-            {
-                "accept length": f"{report.accept_length:.2f}",
-                "the champion's" if champion else "plain decoding": (
-                    f"{champion.accept_length:.2f}" if champion else "1.00"
-                ),
-                "lossless": f"{report.num_lossless} of {report.num_prompts}",
-                "speed-up, measured": f"{report.measured_speedup:.2f}x",
-                "speed-up, projected": f"{report.projected_speedup:.2f}x",
-            }
-        ),
-        note(
-            "Accept length: new tokens per target forward, the target's own included. Measured: "
-            "wall-clock of this evaluation's Python loop, one prompt at a time; with a tiny target "
-            "on a CPU that loop and the calls of small operators are most of the time. Projected: "
-            "accept length x one target step / (the draft's steps + the verification), from their "
-            "measured costs, without the loop around them. A serving engine has costs of its own"
-        ),
+        tiles(_headline(report, champion)),
+        note(_what_it_means(report)),
         section("Acceptance", _acceptance_plot(report, champion)),
         *_sets(report),
         section("Figures", _figures(report, champion)),
         *_drafting(report),
         section(
             "Answers",
-            note(
-                "Marked tokens were proposed by the draft and accepted; the others are the "
-                "target's own. From the answer that the draft helped least to the one it helped "
-                "most" + ("" if report.lossless else ", after some that it changed")
-            ),
+            note(_what_is_marked(report)),
             *(
                 sample_title(_heading(p)) + highlighted(_accepted_spans(p, tokenizer))
                 for p in _examples(report.prompts)
             ),
         ),
     )
+
+
+def _headline(report: EvalReport, champion: EvalReport | None) -> dict[str, str]:
+    beside = ("the champion's", champion.accept_length) if champion else ("plain decoding", 1.0)
+    figures = {
+        "accept length": f"{report.accept_length:.2f}",
+        beside[0]: f"{beside[1]:.2f}",
+        "lossless": f"{report.num_lossless} of {report.num_prompts}",
+        "speed-up, measured": f"{report.measured_speedup:.2f}x",
+    }
+    if report.projected_speedup is not None:
+        figures["speed-up, projected"] = f"{report.projected_speedup:.2f}x"
+    return figures
+
+
+def _what_it_means(report: EvalReport) -> str:
+    length = "Accept length: new tokens per target forward, the target's own included. Measured: "
+    if report.projected_speedup is None:
+        return f"{length}wall-clock of SGLang, one prompt at a time"
+    return (
+        f"{length}wall-clock of this evaluation's Python loop, one prompt at a time; with a tiny "
+        "target on a CPU that loop and the calls of small operators are most of the time. "
+        "Projected: accept length x one target step / (the draft's steps + the verification), "
+        "from their measured costs, without the loop around them. A serving engine has costs of "
+        "its own"
+    )
+
+
+def _what_is_marked(report: EvalReport) -> str:
+    marked = (
+        "Marked tokens were proposed by the draft and accepted; the others are the target's own"
+        if all(prompt.in_order for prompt in report.prompts)
+        else "SGLang doesn't tell which of the tokens were the draft's"
+    )
+    order = "From the answer that the draft helped least to the one it helped most"
+    return f"{marked}. {order}" + ("" if report.lossless else ", after some that it changed")
 
 
 def _comparison(report: EvalReport, champion: EvalReport | None) -> tuple[bool, str]:
@@ -107,17 +123,20 @@ def _figures(report: EvalReport, champion: EvalReport | None) -> str:
         "new tokens": lambda r: f"{r.num_new_tokens:,}",
         "target forwards, the prompts' included": lambda r: f"{r.num_target_forwards:,}",
         "speed-up, measured": lambda r: f"{r.measured_speedup:.2f}x",
-        "speed-up, projected": lambda r: f"{r.projected_speedup:.2f}x",
+        "speed-up, projected": lambda r: _figure(r.projected_speedup, "x"),
         "plain decoding took": lambda r: f"{r.plain_s:.2f} s",
         "speculative decoding took": lambda r: f"{r.speculative_s:.2f} s",
-        "a draft step": lambda r: f"{r.draft_step_s * 1e3:.2f} ms",
-        "a target step": lambda r: f"{r.target_step_s * 1e3:.2f} ms",
-        "a verification": lambda r: (
-            f"{r.target_rows_s[r.num_rows] * 1e3:.2f} ms" if r.target_rows_s else ""
-        ),
+        "a draft step": lambda r: _figure(r.draft_step_s, " ms", 1e3),
+        "a target step": lambda r: _figure(r.target_step_s, " ms", 1e3),
+        "a verification": lambda r: _figure(r.target_rows_s.get(r.num_rows), " ms", 1e3),
     }
     cells = [(name, *(text(one) for one in shown.values())) for name, text in rows.items()]
     return table(("", *shown), cells)
+
+
+def _figure(value: float | None, unit: str, factor: float = 1.0) -> str:
+    """Nothing where it isn't known."""
+    return "" if value is None else f"{value * factor:.2f}{unit}"
 
 
 def _sets(report: EvalReport) -> list[str]:
@@ -207,7 +226,7 @@ def _acceptance_plot(report: EvalReport, champion: EvalReport | None) -> str:
             if report.draft_steps <= MAX_LABELLED:
                 ax.bar_label(bars, fmt="{:.0%}", color=MUTED, fontsize=8 if len(shown) == 1 else 7)
     rates.set(xlabel="position in the chain", ylim=(0, 1.1), xticks=places)
-    lengths.set(xlabel="tokens", xticks=_counted(report), ylim=(0, 1.1 * lengths.dataLim.y1))
+    lengths.set(xlabel="tokens", xticks=_counted(report), ylim=(0, 1.1 * lengths.dataLim.y1 or 1.0))
     for ax in (rates, lengths):
         ax.yaxis.set_major_formatter("{x:.0%}")
     if champion is not None:
@@ -231,12 +250,14 @@ def _shares(report: EvalReport) -> list[float]:
 
 
 def _accepted_spans(prompt: PromptResult, tokenizer: Any) -> list[tuple[str, bool]]:
-    """An answer cut into tokens: (text, was the draft's). Unmarked where the cuts aren't certain.
+    """An answer cut into tokens: (text, was the draft's). Unmarked where that isn't certain.
 
     The answer's text is tokenized again; unless that gives as many tokens as were decoded, but
     for an end-of-turn token that isn't shown, the marks would be off.
     """
     text = prompt.output_text
+    if not prompt.in_order:
+        return [(text, False)]
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     cuts = [begin for begin, _ in offsets["offset_mapping"]]
     if prompt.num_new_tokens - len(cuts) not in (0, 1):

@@ -33,7 +33,7 @@ def _middles(windows: Sequence[Sequence[StepMetrics]]) -> list[float]:
 
 def _over_steps(ax: "Axes", resumed: int, top: float | None = None) -> None:
     """Finish axes over steps: from 0 to ``top``, or to just above the curve."""
-    ax.set(xlabel="step", xlim=(0, None), ylim=(0, top or 1.08 * ax.dataLim.y1))
+    ax.set(xlabel="step", xlim=(0, None), ylim=(0, top or 1.08 * ax.dataLim.y1 or 1.0))
     whole_numbers(ax.xaxis)
     if resumed:
         ax.axvline(resumed, color=MUTED, ls=":", lw=1)

@@ -54,6 +54,7 @@ def preflight(run: RunConfig, nodes: Sequence[Node] | None = None) -> TargetSpec
     if run.training.continual_from is not None:
         continual_fingerprint(run.training.continual_path)
     _check_sizes(run, target)
+    _check_evaluation(run)
     plan = make_plan(run, target, num_prompts=0, longest=run.data.max_length)
     _check_room(plan, nodes)
     return target
@@ -98,6 +99,15 @@ def _check_sizes(run: RunConfig, target: TargetSpec) -> None:
             "draft.vocab_size",
             f"{run.draft.vocab_size} is more than the target's {target.vocab_size} tokens",
             "Lower it, or leave it out for the whole vocabulary",
+        )
+
+
+def _check_evaluation(run: RunConfig) -> None:
+    if run.evaluation.engine == "sglang" and run.cluster.device == "cpu":
+        raise ConfigError(
+            "evaluation.engine",
+            "'sglang' can't draft on a CPU: its attention for CPUs has no EAGLE-3",
+            "Set it to hf, or cluster.device to cuda",
         )
 
 

@@ -116,6 +116,8 @@ class PromptResult(Settings):
     output_text: str
     accepted: tuple[int, ...]
     """Draft tokens accepted in each verification; each adds one token of the target's own."""
+    in_order: bool = True
+    """Whether ``accepted`` is in the order of the answer. SGLang tells how many, but not when."""
     num_new_tokens: int
     lossless: bool
 
@@ -150,6 +152,7 @@ class EvalReport(Settings):
     """
 
     engine: str
+    """As ``EvaluationConfig.engine``."""
     draft_steps: int
     draft_topk: int = 1
     """1 for chains; see ``EvaluationConfig``."""
@@ -169,16 +172,16 @@ class EvalReport(Settings):
     """One for every prompt, and one for every verification."""
     plain_s: float
     speculative_s: float
-    draft_step_s: float
-    """Measured cost of one draft forward."""
-    target_step_s: float
-    """Measured cost of one target forward of one token."""
+    draft_step_s: float | None
+    """Measured cost of one draft forward; None where SGLang decoded, which doesn't tell it."""
+    target_step_s: float | None
+    """Measured cost of one target forward of one token; None as ``draft_step_s``."""
     target_rows_s: dict[int, float] = Field(default_factory=dict)
     """Measured cost of one target forward of so many rows: for chains up to ``num_rows``."""
     sets: tuple[SetResult, ...] = ()
     """By set and category, the held-out prompts' own first."""
     chain: SetResult | None = None
-    """The held-out prompts with chains of as many steps, where they were decoded with trees."""
+    """The held-out prompts with chains of as many steps, where ``hf`` decoded them with trees."""
     prompts: tuple[PromptResult, ...]
     """The held-out ones."""
 
@@ -199,14 +202,17 @@ class EvalReport(Settings):
         return self.plain_s / self.speculative_s
 
     @property
-    def projected_speedup(self) -> float:
+    def projected_speedup(self) -> float | None:
         """Speed-up by the measured costs of the models' forwards, without the loop around them.
 
         Plain decoding takes ``t(1)`` a token, t(R) being the cost of a target forward of R rows.
         A verification takes K draft forwards of cost d and t(R), and gives ``accept_length``
         tokens: so the ratio is ``accept_length * t(1) / (K d + t(R))``. Leviathan et al. 2023
         (arXiv 2211.17192), theorem 3.8, has it with t(R) = t(1), as do records without t(R).
+        None where these costs aren't known.
         """
+        if self.draft_step_s is None or self.target_step_s is None:
+            return None
         verify_s = self.target_rows_s.get(self.num_rows, self.target_step_s)
         cycle_s = self.draft_steps * self.draft_step_s + verify_s
         return self.accept_length * self.target_step_s / cycle_s

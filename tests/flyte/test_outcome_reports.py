@@ -101,6 +101,30 @@ def test_an_answer_whose_tokens_are_uncertain_is_left_unmarked(tokenizer) -> Non
     assert "It is red." in html
 
 
+def test_the_evaluation_report_of_sglangs_figures_leaves_out_what_sglang_does_not_tell(
+    tokenizer,
+) -> None:
+    prompt = answer("It is red.", (1, 2), 6).model_copy(update={"in_order": False})
+    costs = {"draft_step_s": None, "target_step_s": None}
+    report = evaluated((prompt,)).model_copy(update={"engine": "sglang", **costs})
+    html = evaluation_report(report, None, tokenizer)
+    page = PageCheck(html)
+    assert page.marked == []
+    assert "2.50 tokens per forward: What is it?" in html
+    assert "of SGLang, one prompt at a time" in html
+    assert "SGLang doesn&#x27;t tell which" in html
+    assert "Projected" not in html
+    assert "None" not in html
+    (acceptance,) = plots(html)
+    assert " 0% 50% 50% draft tokens accepted per target forward" in acceptance
+
+
+@pytest.mark.filterwarnings("error")
+def test_figures_that_are_all_zero_are_drawn_without_a_complaint(tokenizer) -> None:
+    over_at_once = evaluated((answer("It", (), 1),)).model_copy(update={"accept_rates": (0.0, 0.0)})
+    assert plots(evaluation_report(over_at_once, None, tokenizer))
+
+
 def test_the_evaluation_report_tells_sets_categories_and_what_trees_gain(tokenizer) -> None:
     report = evaluated((answer("It is red.", (2, 1), 6),))
     assert "Prompt sets" not in evaluation_report(report, None, tokenizer)

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,12 @@ def test_the_training_report_stays_small_and_quick_with_50_000_steps() -> None:
     html = draft_reports.training_report(SUMMARY, many)
     assert time.perf_counter() - start < 3  # 0.3 s on a machine that does nothing else
     assert len(html) < 300_000
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_loss_of_zero_is_drawn_without_a_complaint() -> None:
+    flat = [replace(step, loss=0.0) for step in steps(7)]
+    assert plots(draft_reports.training_report(SUMMARY, flat))
 
 
 def test_the_training_report_leaves_out_rejections_where_there_are_none() -> None:

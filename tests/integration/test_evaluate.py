@@ -3,6 +3,7 @@
 import json
 import logging
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,10 +13,13 @@ from torchspec_lib.config.outcome import EvaluationConfig
 from torchspec_lib.config.run import RunConfig
 from torchspec_lib.config.settings import PROJECT_ROOT
 from torchspec_lib.data.dataset import load_draft_vocab, load_heldout, prepare_dataset
+from torchspec_lib.data.selection import HeldoutPrompt
 from torchspec_lib.errors import ConfigError, DataError, DraftFormatError
+from torchspec_lib.evaluation.acceptance import ServedCounts
 from torchspec_lib.evaluation.bench import Bench
-from torchspec_lib.evaluation.evaluate import evaluate_draft
-from torchspec_lib.evaluation.prompt_sets import digest_name
+from torchspec_lib.evaluation.evaluate import compare_served, evaluate_draft, set_result
+from torchspec_lib.evaluation.prompt_sets import PromptSet, digest_name
+from torchspec_lib.evaluation.served import Served
 from torchspec_lib.evaluation.speculative import Decoded
 from torchspec_lib.models.draft_config import DraftModelConfig
 from torchspec_lib.models.eagle3 import Eagle3Draft
@@ -155,6 +159,30 @@ def test_an_answer_that_differs_is_reported_with_how_close_the_choice_was(settin
     assert f"new_token=4 plain={right[4]} speculative={wrong[4]}" in caplog.text
     chosen, other = map(float, caplog.text.rsplit("logits=", 1)[1].split(","))
     assert chosen > other
+
+
+def test_the_answers_of_sglang_go_back_to_their_sets_and_differences_are_told(caplog):
+    def asked(name: str, category: str | None) -> PromptSet:
+        prompt = HeldoutPrompt(f"{name}/0", np.arange(4, dtype=np.int32), "What?", "")
+        return PromptSet(name, (prompt,), (category,))
+
+    sets = [asked("heldout", None), asked("mt_bench", "math")]
+    plain = [Served([7, 8, 9], None, 2.0), Served([4, 5, 6], None, 3.0)]
+    drafted = [
+        Served([7, 8, 9], ServedCounts((1,), 3), 1.0),
+        Served([4, 5, 3], ServedCounts((0, 0), 3), 1.5),
+    ]
+    (heldout,), (math,) = compare_served(sets, plain, drafted)
+    assert (heldout.prompt.prompt_id, heldout.category, heldout.lossless) == (
+        "heldout/0",
+        None,
+        True,
+    )
+    assert (heldout.plain_s, heldout.speculative_s) == (2.0, 1.0)
+    assert (math.prompt.prompt_id, math.category, math.lossless) == ("mt_bench/0", "math", False)
+    assert "prompt=mt_bench/0 new_token=2" in caplog.text
+    assert set_result("mt_bench", None, [math], 2).accept_rates == (0.0, 0.0)
+    assert set_result("heldout", None, [heldout], 2).accept_length == 2.0
 
 
 def test_equal_names_of_prompt_sets_mean_equal_prompts(setting):

@@ -1,59 +1,58 @@
-"""What ``benchmarks/serving.py`` starts SGLang with, where there is no GPU to start it on."""
+"""SGLang as the evaluation starts it: plain decoding, which it can do on a CPU too."""
 
-import subprocess
-import sys
+import multiprocessing
+import os
+import signal
+import threading
 from importlib.util import find_spec
+from itertools import islice
 
 import pytest
+import torch
 
-from benchmarks.serving import comparison, main
-from tests.run_process import TINY
-from tests.unit.test_projection import report
-from torchspec_lib.config.settings import PROJECT_ROOT
-from torchspec_lib.errors import ConfigError
-
-CONSTRUCT = """
-from torchspec_lib.inference.engine.sgl_cpu import choose_cpu
-choose_cpu(1)
-from pathlib import Path
-from sglang.srt.server_args import ServerArgs
-from benchmarks.serving import plain_arguments, speculative_arguments
-from tests.run_process import config
+from tests.run_process import config, wait_for
+from torchspec_lib.data.dataset import load_heldout, prepare_dataset
+from torchspec_lib.errors import ConfigError, WorkerLostError
+from torchspec_lib.evaluation.served import serve
+from torchspec_lib.evaluation.speculative import decode_plain
+from torchspec_lib.evaluation.verification import TargetChoice
+from torchspec_lib.models.target_model import load_target
 from torchspec_lib.target import read_target
-run = config(Path("unused"), evaluation={"draft_topk": 4, "num_draft_tokens": 6})
-target = read_target(run.model)
-for arguments in (plain_arguments(run, target), speculative_arguments(run, target, Path("draft"))):
-    made = ServerArgs(**arguments)
-print([getattr(made, "speculative_" + n) for n in ("num_steps", "eagle_topk", "num_draft_tokens")])
-"""
+
+pytestmark = [
+    pytest.mark.sglang,
+    pytest.mark.skipif(find_spec("sglang") is None, reason="make sglang installs it"),
+]
+
+RUN = {"evaluation": {"max_new_tokens": 24}}
 
 
-@pytest.mark.sglang
-@pytest.mark.skipif(find_spec("sglang") is None, reason="make sglang installs it")
-def test_sglang_knows_every_argument_and_takes_the_shape_of_the_proposals():
-    done = subprocess.run(
-        [sys.executable, "-c", CONSTRUCT],
-        cwd=PROJECT_ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "[5, 4, 6]" in done.stdout
+def test_sglang_answers_as_the_plain_evaluation_does_and_refuses_what_is_too_long(tmp_path):
+    run = config(tmp_path, **RUN)
+    target = read_target(run.model)
+    _, dataset = prepare_dataset(run, target)
+    prompts = [prompt.prompt_token_ids.tolist() for prompt in load_heldout(dataset)[:4]]
+    answers = serve(run, target, None, [*prompts, [5] * 2040])
+    found = list(islice(answers, len(prompts)))
+    with pytest.raises(ConfigError, match=r"evaluation.max_new_tokens.*2040 tokens.*Lower it"):
+        next(answers)
+    model = load_target(target, run.model.dtype, torch.device("cpu"), trust_remote_code=False)
+    choose = TargetChoice(0.0, run.evaluation.max_new_tokens)
+    expected = [decode_plain(model, ids, choose, target.eos_token_ids) for ids in prompts]
+    assert [answer.token_ids for answer in found] == expected
+    assert all(answer.counts is None and answer.seconds > 0 for answer in found)
+    assert not multiprocessing.active_children()
 
 
-def test_the_accept_length_of_sglang_is_counted_as_ours():
-    plain = {"seconds": 4.0, "tokens": [[1, 2, 3, 4, 5, 6, 7]], "verifications": 0}
-    drafted = {"seconds": 2.0, "tokens": [[1, 2, 3, 4, 5, 6, 7]], "verifications": 3}
-    found = comparison(plain, drafted, report())
-    assert found["accept_length_sglang"] == 2.0
-    assert found["speedup_sglang"] == 2.0
-    assert found["same_answers"] == 1
+def test_the_loss_of_its_process_is_told(tmp_path):
+    run = config(tmp_path, **RUN)
 
+    def kill() -> None:
+        (child,) = wait_for(multiprocessing.active_children, "process", 30)
+        os.kill(child.pid, signal.SIGKILL)
 
-def test_a_machine_without_a_gpu_is_refused_at_once(tmp_path, monkeypatch):
-    config = f"run: {{model: {{target: {TINY}}}, data: {{train: [a.jsonl], heldout: [b.jsonl]}}"
-    (tmp_path / "run.yaml").write_text(config + ", cluster: {device: cpu}}\n")
-    monkeypatch.setattr(sys, "argv", ["serving", str(tmp_path / "run.yaml"), "draft"])
-    with pytest.raises(ConfigError, match="no EAGLE-3 on a CPU"):
-        main()
+    killer = threading.Thread(target=kill)
+    killer.start()
+    with pytest.raises(WorkerLostError, match="exit code -9"):
+        list(serve(run, read_target(run.model), None, [[5]]))
+    killer.join()

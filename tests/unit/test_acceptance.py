@@ -5,7 +5,12 @@ import doctest
 import pytest
 
 from torchspec_lib.evaluation import acceptance
-from torchspec_lib.evaluation.acceptance import ChainCounts, accept_length, accept_rates
+from torchspec_lib.evaluation.acceptance import (
+    ChainCounts,
+    ServedCounts,
+    accept_length,
+    accept_rates,
+)
 from torchspec_lib.types import accept_length as accept_length_of_rates
 
 
@@ -60,3 +65,23 @@ def test_an_answer_of_one_token_says_nothing_about_the_draft():
 def test_counts_that_contradict_each_other_are_refused(accepted, num_new_tokens):
     with pytest.raises(ValueError, match="new tokens can't come from"):
         ChainCounts(accepted, num_new_tokens)
+
+
+def test_counts_in_no_order_give_the_figures_of_those_in_order():
+    chains, served = ChainCounts((3, 0, 2), 9), ServedCounts((0, 2, 3), 9)
+    assert accept_length([served]) == accept_length([chains])
+    assert accept_rates([served], 3) == accept_rates([chains], 3)
+
+
+def test_what_an_engine_verified_behind_the_end_counts_as_verified_but_not_as_emitted():
+    served = ServedCounts((0, 2, 5), 8)
+    assert accept_length([served]) == pytest.approx(7 / 3)
+    assert accept_rates([served], 5) == pytest.approx((2 / 3, 1.0, 1 / 2, 1.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("accepted", "num_new_tokens"), [((2, 1), 7), ((2, 1), 3), ((), 5), ((), 0)]
+)
+def test_counts_of_an_engine_that_contradict_each_other_are_refused(accepted, num_new_tokens):
+    with pytest.raises(ValueError, match="can't come from"):
+        ServedCounts(accepted, num_new_tokens)

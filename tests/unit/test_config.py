@@ -94,6 +94,11 @@ def test_an_impossible_value_is_refused_where_it_stands(section, key, value):
             "must be from 2 to 7",
         ),
         ({"evaluation": {"sets": {"heldout": "a.jsonl"}}}, "rename it"),
+        ({"evaluation": {"engine": "sglang", "temperature": 0.7}}, "must be 0 with engine"),
+        (
+            {"evaluation": {"engine": "sglang"}, "inference": {"sglang": {"nnodes": 2}}},
+            "runs on one node",
+        ),
         (
             {
                 "cluster": {"placement": "colocate"},

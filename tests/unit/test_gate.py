@@ -269,6 +269,17 @@ def test_the_model_card_has_every_figure_with_its_conditions_and_the_lineage(tmp
     assert "/home/me" not in card
 
 
+def test_a_draft_that_sglang_measured_is_told_without_what_sglang_does_not_tell(tmp_path):
+    costs = {"draft_step_s": None, "target_step_s": None}
+    candidate = make_candidate(tmp_path, report=make_report(engine="sglang", **costs))
+    card = model_card(make_run(), candidate, "abc123", date(2026, 1, 2))
+    assert "| engine | sglang, on cuda |" in card
+    assert "The speed-up is SGLang's own, answering one prompt at a time." in card
+    summary = run_summary(candidate, make_outcome())
+    assert "0.80x in SGLang, one prompt at a time (8.0 s plain, 10.0 s with the draft)" in summary
+    assert "projected" not in card + summary
+
+
 def test_the_hub_reads_tags_and_the_base_model_and_no_licence_is_chosen(tmp_path):
     path = "/cache/hub/models--Qwen--Qwen3-8B/snapshots/0123abcd"
     candidate = make_candidate(tmp_path)

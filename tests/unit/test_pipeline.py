@@ -28,6 +28,9 @@ MANIFEST = DatasetManifest(
 )
 
 
+GPUS = {"GPU": 1.0, "CPU": 8.0}
+
+
 @pytest.fixture(autouse=True)
 def _no_cluster(monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -72,6 +75,13 @@ def test_an_engine_over_two_nodes_passes_with_a_bundle_for_each_part():
     assert (plan.num_engines, len(plan.inference_bundles)) == (2, 4)
 
 
+def test_an_evaluation_by_sglang_is_refused_without_a_gpu():
+    evaluation = {"engine": "sglang"}
+    with pytest.raises(ConfigError, match=r"evaluation\.engine: 'sglang' can't draft on a CPU"):
+        preflight(run_config(evaluation=evaluation))
+    preflight(run_config(evaluation=evaluation, cluster={"device": "cuda"}), nodes=[GPUS] * 2)
+
+
 def test_a_larger_draft_vocabulary_than_the_targets_is_refused():
     with pytest.raises(ConfigError, match=r"draft\.vocab_size"):
         preflight(run_config(draft={"vocab_size": 1025}))
@@ -91,9 +101,9 @@ def test_more_memory_than_is_free_is_refused():
 
 def test_gpus_are_checked_against_the_nodes_that_are_to_come():
     run = run_config(cluster={"device": "cuda"})
-    preflight(run, nodes=[{"GPU": 1.0, "CPU": 8.0}, {"GPU": 1.0, "CPU": 8.0}])
+    preflight(run, nodes=[GPUS, GPUS])
     with pytest.raises(PlacementError, match="missing 1 GPU"):
-        preflight(run, nodes=[{"GPU": 1.0, "CPU": 8.0}])
+        preflight(run, nodes=[GPUS])
 
 
 def metrics(step: int) -> StepMetrics:

@@ -43,6 +43,12 @@ def test_a_shorter_chain_is_projected_with_its_own_accept_length_and_costs():
     }
 
 
+def test_without_costs_nothing_is_projected():
+    served = report(engine="sglang", draft_step_s=None, target_step_s=None, target_rows_s={})
+    assert served.projected_speedup is None
+    assert projected_chains(served) == {}
+
+
 def test_trees_and_records_without_costs_project_no_chains():
     assert projected_chains(report(target_rows_s={})) == {}
     tree = {"draft_topk": 4, "num_draft_tokens": 8, "target_rows_s": {1: 1.0, 8: 1.8}}

@@ -20,7 +20,7 @@ SGLANG_OWN_ARGUMENTS = frozenset(
 
 
 class SglangConfig(Settings):
-    """Where SGLang's engines run, and how. For ``inference.engine: sglang`` only."""
+    """Where SGLang's engines run, and how. For ``engine: sglang`` of inference or evaluation."""
 
     tp_size: PositiveInt | None = None
     """GPUs of one replica, over all its nodes. All of ``nnodes`` nodes' if that is above 1,

@@ -2,7 +2,7 @@
 
 import re
 from datetime import datetime
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator, model_validator
 
@@ -15,6 +15,9 @@ HELDOUT = "heldout"
 class EvaluationConfig(Settings):
     """Real speculative decoding of held-out prompts, with chains or trees."""
 
+    engine: Literal["hf", "sglang"] = "hf"
+    """``hf``: a plain loop around transformers, which knows every token and the cost of a step.
+    ``sglang``: SGLang itself, run as ``inference.sglang`` says; needs a GPU."""
     draft_steps: PositiveInt = 5
     """Tokens that the draft proposes one behind the other (SGLang's ``speculative_num_steps``)."""
     draft_topk: PositiveInt = 1
@@ -54,6 +57,15 @@ class EvaluationConfig(Settings):
             raise ValueError(
                 f"num_draft_tokens ({rows}) must be from 2 to {most}, which is all that "
                 f"draft_steps ({steps}) and draft_topk ({topk}) try"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _answers_can_be_compared(self) -> Self:
+        if self.engine == "sglang" and self.temperature:
+            raise ValueError(
+                f"temperature ({self.temperature:g}) must be 0 with engine 'sglang': SGLang draws "
+                "other random numbers with a draft than without, so answers can't be compared"
             )
         return self
 

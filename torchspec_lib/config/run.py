@@ -84,6 +84,11 @@ class RunConfig(Settings):
                 f"regeneration.enabled needs engines of one node, and inference.sglang.nnodes is "
                 f"{num_nodes}: lower it, or train on answers that are there"
             )
+        if self.evaluation.engine == "sglang" and self.inference.sglang.nnodes > 1:
+            raise ValueError(
+                "evaluation.engine 'sglang' runs on one node, and inference.sglang.nnodes is "
+                f"{self.inference.sglang.nnodes}: lower it, or evaluate with 'hf'"
+            )
         return self
 
     @property

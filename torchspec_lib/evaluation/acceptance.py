@@ -11,6 +11,7 @@ behind them was never put to the test: it counts neither as accepted nor as refu
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,33 @@ class ChainCounts:
         return 1 + sum(a + 1 for a in self.accepted) - self.num_new_tokens
 
 
-def accept_length(counts: Sequence[ChainCounts]) -> float:
+@dataclass(frozen=True, slots=True)
+class ServedCounts:
+    """The same as an engine tells it: how often so many tokens were accepted, and not when.
+
+    A last verification that was cut short counts whole here: what lies behind the end was put to
+    the test.
+
+    Example:
+        ``ServedCounts(accepted=(0, 2, 5), num_new_tokens=8)``: 1 token of the prompt's forward,
+        and 10 of three verifications, 3 of them behind the end.
+    """
+
+    accepted: tuple[int, ...]
+    """Accepted draft tokens of each verification, in no order."""
+    num_new_tokens: int
+    """All emitted tokens, the prompt's forward's included."""
+    last_is_cut: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        surplus = 1 + sum(a + 1 for a in self.accepted) - self.num_new_tokens
+        if not 0 <= surplus <= max(self.accepted, default=0):  # the last one emitted something
+            raise ValueError(
+                f"{self.num_new_tokens} new tokens can't come from accepting {self.accepted}"
+            )
+
+
+def accept_length(counts: Sequence[ChainCounts | ServedCounts]) -> float:
     """New tokens per target forward after the prompt's, the target's own token included.
 
     Plain decoding has 1.0. The tokens that a cut last verification had no room for aren't
@@ -62,7 +89,9 @@ def accept_length(counts: Sequence[ChainCounts]) -> float:
     return num_new_tokens / num_forwards if num_forwards else 1.0
 
 
-def accept_rates(counts: Sequence[ChainCounts], draft_steps: int) -> tuple[float, ...]:
+def accept_rates(
+    counts: Sequence[ChainCounts | ServedCounts], draft_steps: int
+) -> tuple[float, ...]:
     """``[k]``: share of chains accepted up to position k-1 whose token k is accepted too.
 
     0.0 where no chain got as far as k. K is ``draft_steps``.

@@ -14,12 +14,15 @@ def projected_chains(report: EvalReport) -> dict[int, float]:
     Returns:
         Nothing for trees, whose shorter chains weren't decoded, nor for records without costs.
     """
-    if report.draft_topk > 1 or not report.target_rows_s:
+    draft_step_s, target_step_s = report.draft_step_s, report.target_step_s
+    if draft_step_s is None or target_step_s is None or not report.target_rows_s:
+        return {}
+    if report.draft_topk > 1:
         return {}
     speedups, length, reached = {}, 1.0, 1.0
     for k, rate in enumerate(report.accept_rates, start=1):
         reached *= rate
         length += reached
-        cycle_s = k * report.draft_step_s + report.target_rows_s[k + 1]
-        speedups[k] = length * report.target_step_s / cycle_s
+        cycle_s = k * draft_step_s + report.target_rows_s[k + 1]
+        speedups[k] = length * target_step_s / cycle_s
     return speedups

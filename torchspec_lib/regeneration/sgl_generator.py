@@ -1,14 +1,12 @@
 """Answers by SGLang, which batches them as it likes."""
 
-import signal
 from collections.abc import Sequence
 from typing import Any
 
 from torchspec_lib.config.run import RunConfig
 from torchspec_lib.errors import EngineError
 from torchspec_lib.inference.engine.sgl_arguments import generation_arguments
-from torchspec_lib.inference.engine.sgl_cpu import choose_cpu
-from torchspec_lib.inference.engine.sgl_launch import check_version, launch_plain, shut_down
+from torchspec_lib.inference.engine.sgl_launch import launch_plain, shut_down
 from torchspec_lib.regeneration.generator import Generated, GenerationRequest
 from torchspec_lib.target import TargetSpec
 
@@ -30,9 +28,6 @@ class SglGenerator:
             ConfigError: SGLang doesn't know an argument, or refuses its value.
             DependencyError: SGLang isn't installed.
         """
-        check_version()
-        if run.cluster.device == "cpu":
-            choose_cpu(run.inference.num_gpus_per_engine)
         settings = run.regeneration
         self._sampling = {
             "temperature": settings.temperature,
@@ -41,8 +36,6 @@ class SglGenerator:
             "stop_token_ids": list(target.eos_token_ids),
         }
         self._engine: Any = launch_plain(generation_arguments(run, target))
-        # Sent when a process of SGLang's is lost. From the first call on it ends us by itself.
-        signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[Generated]:
         """Continue every prompt: one result each, in order. SGLang ends us with its processes.

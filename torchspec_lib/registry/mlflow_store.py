@@ -219,10 +219,11 @@ def _step_figures(row: Mapping[str, Any]) -> dict[str, float]:
 def _eval_figures(candidate: Candidate) -> dict[str, float]:
     report = candidate.report
     rates = {f"eval/accept_rate_{k}": rate for k, rate in enumerate(report.accept_rates)}
+    projected = report.projected_speedup
     return {
         "eval/accept_length": report.accept_length,
         "eval/measured_speedup": report.measured_speedup,
-        "eval/projected_speedup": report.projected_speedup,
+        **({} if projected is None else {"eval/projected_speedup": projected}),
         **rates,
     }
 

@@ -90,8 +90,7 @@ how often the draft's token there is accepted, where those before it were.
 
 {_table(("measured with", ""), _conditions(run, candidate, day))}
 
-The speed-up is this evaluation's own, in a plain loop without an engine; by the costs of the
-models' forwards alone it would be {report.projected_speedup:.2f}x on the first row's prompts.
+{_about_speedup(report)}
 
 ## What it is made of
 
@@ -214,13 +213,25 @@ def _percentages(accept_rates: Iterable[float]) -> str:
     return " ".join(f"{rate:.0%}" for rate in accept_rates)
 
 
-def _speedup(report: EvalReport) -> str:
-    cost = report.draft_step_s / report.target_step_s
+def _about_speedup(report: EvalReport) -> str:
+    projected = report.projected_speedup
+    if projected is None:
+        return "The speed-up is SGLang's own, answering one prompt at a time."
     return (
-        f"{report.measured_speedup:.2f}x measured with the Python loop of this evaluation "
-        f"({report.plain_s:.1f} s plain, {report.speculative_s:.1f} s with the draft); "
-        f"{report.projected_speedup:.2f}x projected from the cost of a draft step, "
-        f"{cost:.2f} of a target step"
+        "The speed-up is this evaluation's own, in a plain loop without an engine; by the costs of "
+        f"the\nmodels' forwards alone it would be {projected:.2f}x on the first row's prompts."
+    )
+
+
+def _speedup(report: EvalReport) -> str:
+    times = f"({report.plain_s:.1f} s plain, {report.speculative_s:.1f} s with the draft)"
+    projected = report.projected_speedup
+    if projected is None or report.draft_step_s is None or report.target_step_s is None:
+        return f"{report.measured_speedup:.2f}x in SGLang, one prompt at a time {times}"
+    return (
+        f"{report.measured_speedup:.2f}x measured with the Python loop of this evaluation {times}; "
+        f"{projected:.2f}x projected from the cost of a draft step, "
+        f"{report.draft_step_s / report.target_step_s:.2f} of a target step"
     )
 
 

@@ -4,6 +4,7 @@ import importlib.metadata
 import logging
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -19,6 +20,7 @@ from torchspec_lib.inference.engine.sgl_capture import (
     run_detokenizer,
     run_scheduler,
 )
+from torchspec_lib.inference.engine.sgl_cpu import choose_cpu
 from torchspec_lib.ray.held_port import hold_port
 
 logger = logging.getLogger(__name__)
@@ -39,9 +41,9 @@ def check_version() -> None:
         version = importlib.metadata.version("sglang")
     except importlib.metadata.PackageNotFoundError:
         raise DependencyError(
-            "inference.engine is sglang, which isn't installed",
+            "the engine is to be SGLang, which isn't installed",
             "Run 'pip install .[sglang]' on a GPU machine, 'make sglang' on one without, or set "
-            "inference.engine to hf",
+            "inference.engine and evaluation.engine to hf",
         ) from None
     if version not in TESTED_VERSIONS:
         tested = ",".join(TESTED_VERSIONS)
@@ -63,11 +65,21 @@ def launch(settings: CaptureSettings, arguments: Mapping[str, Any], connection: 
 def launch_plain(arguments: Mapping[str, Any]) -> Any:
     """An ``sgl.Engine`` that generates, its schedulers as SGLang's makers ship them.
 
+    From the process's main thread, before transformers is imported. Once it runs, the loss of one
+    of SGLang's processes ends this one.
+
     Raises:
         EngineError: It didn't start; its processes are gone.
         ConfigError: SGLang doesn't know an argument, or refuses its value.
+        DependencyError: It isn't installed.
     """
-    return _start(run_plain_scheduler, arguments, lambda: None)
+    check_version()
+    if arguments["device"] == "cpu":
+        choose_cpu(arguments["tp_size"])
+    engine = _start(run_plain_scheduler, arguments, lambda: None)
+    # Sent when a process of SGLang's is lost. From the first call on it ends us by itself.
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    return engine
 
 
 def run_plain_scheduler(*args: Any, **kwargs: Any) -> None:
