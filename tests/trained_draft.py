@@ -21,7 +21,7 @@ from torchspec_lib.types import Prompt
 
 def train_draft(run: RunConfig, target: TargetSpec, dataset: Path, folder: Path) -> None:
     """Train on a prepared data set as ``run`` says, in one epoch; export to ``folder``."""
-    device = torch.device(run.cluster.device)
+    device = torch.device(run.cluster.device, 0)  # NCCL wants the index too
     samples = capture(run, target, load_prompts(dataset), device)
     size = run.training.global_batch_size
     batches = [samples[i : i + size] for i in range(0, len(samples), size)]
