@@ -13,6 +13,7 @@ from tests.training_cases import (
     make_run,
     make_target,
     prepare,
+    weights_of,
 )
 from torchspec_lib.models.batch import pack
 from torchspec_lib.training.checkpoint import CheckpointFolder
@@ -37,10 +38,10 @@ def group():
     dist.destroy_process_group()
 
 
-def make_trainer(folder, device, **training):
+def make_trainer(folder, device, interval=10**6, **training):
     target = make_target(folder / "target")
     run = make_run(target, **training)
-    checkpoints = CheckpointFolder(folder / "ckpt", {}, 10**6, 1)
+    checkpoints = CheckpointFolder(folder / "ckpt", {}, interval, 1)
     return Eagle3Trainer(run, target, DRAFT_VOCAB, NUM_STEPS, checkpoints, device)
 
 
@@ -60,6 +61,16 @@ def test_a_trainer_on_a_gpu_takes_the_steps_of_one_on_the_cpu(tmp_path, parallel
         trainer.run((prepare(trainer, step, deal) for step in (1, 2, 3)), control)
         losses.append([report.metrics.loss for report in control.reports])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_one_checkpoint_follows_another(tmp_path):
+    trainer = make_trainer(tmp_path, GPU, interval=1)
+    control = RecordingControl()
+    trainer.run((prepare(trainer, step, DEAL) for step in (1, 2, 3)), control)
+    again = make_trainer(tmp_path, GPU)
+    again.resume(tmp_path / "ckpt" / "step_000003")
+    before, after = weights_of(trainer), weights_of(again)
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_starting_a_step_never_waits_for_the_device(tmp_path):

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from torchspec_lib.errors import CheckpointError
 from torchspec_lib.training import checkpoint_files as files
@@ -24,20 +24,16 @@ class HostCopy:
     """Copies tensors to host memory that it keeps, so that only the first copy allocates any."""
 
     def __init__(self) -> None:
-        on_gpu = torch.cuda.is_available()
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=on_gpu,
-                use_shared_memory=False,
-                use_async_staging=False,
-                use_non_blocking_copy=on_gpu,
-            )
-        )
+        self._on_gpu = torch.cuda.is_available()
+        # Not DefaultStager: that of torch 2.11 closes this after its first copy, and the second
+        # one fails.
+        self._stager = StateDictStager(pin_memory=self._on_gpu)
 
     def of(self, tensors: dict[str, Any]) -> dict[str, Any]:
         """A copy that is good until the next one."""
-        copy = self._stager.stage(tensors)
-        assert isinstance(copy, dict), "it isn't asynchronous"
+        copy: dict[str, Any] = self._stager.stage(tensors, non_blocking=self._on_gpu)
+        if self._on_gpu:
+            torch.cuda.synchronize()
         return copy
 
 
