@@ -19,7 +19,7 @@ import os
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ NUM_COPYING_THREADS, NUM_COPIES = 3, 4
 """Of the store; see docs/architecture.md."""
 COLUMNS = ("memcpy", "memcpy by 3", "put", "borrow", "get", "store", "TCP", "Ray")
 
-PACKAGES = ("torch", "ray", "mooncake-transfer-engine-non-cuda")
+PACKAGES = ("torch", "ray", *packages_distributions()["mooncake"])
 
 Rates = dict[str, float]
 """GB/s by column."""
