@@ -23,7 +23,7 @@ from torchspec_lib.data.dataset import load_heldout, load_prompts, prepare_datas
 from torchspec_lib.data.messages import Message
 from torchspec_lib.data.regenerated import RegeneratedFolder
 from torchspec_lib.data.sources import Sources
-from torchspec_lib.errors import DataError, WorkerLostError
+from torchspec_lib.errors import ConfigError, DataError, WorkerLostError
 from torchspec_lib.evaluation.speculative import decode_plain
 from torchspec_lib.evaluation.verification import TargetChoice
 from torchspec_lib.models.target_model import load_target
@@ -98,8 +98,8 @@ def requests(chat: ChatTokenizer, count: int, max_new_tokens: int = 160) -> list
 
 def test_a_batch_gives_what_decoding_one_by_one_gives(model, chat):
     eos = target().eos_token_ids
-    asked = requests(chat, 12)
-    settings = RegenerationConfig(batch_size=5)
+    asked = requests(chat, 6)
+    settings = RegenerationConfig(batch_size=4)
     answers = HFGenerator(model, settings, eos).generate(asked)
     alone = [decode_plain(model, one.token_ids, TargetChoice(0.0, 160), eos) for one in asked]
     assert [answer.token_ids for answer in answers] == alone
@@ -125,7 +125,7 @@ def test_padding_changes_nothing_but_rounding(model, chat):
 
 def test_drawn_answers_depend_on_their_own_seed_and_not_on_their_batch(model, chat):
     eos = target().eos_token_ids
-    asked = requests(chat, 12)
+    asked = requests(chat, 12, max_new_tokens=30)
     settings = RegenerationConfig(temperature=1.5, batch_size=5)
     answers = HFGenerator(model, settings, eos).generate(asked)
     apart = RegenerationConfig(temperature=1.5, batch_size=1)
@@ -175,19 +175,33 @@ def test_answers_that_are_of_no_use_are_counted_by_their_reason_with_examples(ch
         talk(4, "w " * 600),
         talk(5, "Fine?"),
         talk(6, "Bad in the end?", "Now?"),
+        Conversation("q.jsonl:7", (Message("assistant", "Nobody asked."),), None),
+        Conversation("q.jsonl:8", (Message("system", "S."), Message("user", "Refused?")), None),
+        talk(9, " "),
     )
     first_round = ["A.<|end|>", "B and so on", "<|end|>", "C.<|end|>", "D.<|end|>"]
     generator = Scripted(chat, [*first_round, "E.<|end|>", "F"])
     run = run_of(tmp_path, max_new_tokens=50)
     report, rows = answer_shard(Shard(3, conversations), run, chat, generator)
-    assert report.rejected == {"answer_too_long": 2, "empty_answer": 1, "prompt_too_long": 1}
+    assert report.rejected == {
+        "answer_too_long": 2,
+        "asks_nothing": 1,
+        "empty_answer": 1,
+        "empty_message": 1,
+        "prompt_too_long": 1,
+        "unfit_for_template": 1,
+    }
     assert [(e.where, e.reason) for e in report.examples] == [
+        ("q.jsonl:7", "asks_nothing"),
         ("q.jsonl:4", "prompt_too_long"),
+        ("q.jsonl:8", "unfit_for_template"),
+        ("q.jsonl:9", "empty_message"),
         ("q.jsonl:2", "answer_too_long"),
         ("q.jsonl:3", "empty_answer"),
         ("q.jsonl:6", "answer_too_long"),
     ]
-    assert (report.num_conversations, report.num_answered) == (6, 2)
+    assert "knows user and assistant turns only" in report.examples[2].text
+    assert (report.num_conversations, report.num_answered) == (9, 2)
     assert [row["id"] for row in rows] == ["q.jsonl:1", "q.jsonl:5"]
     assert [m["content"] for m in rows[0]["messages"]] == ["One?", "A.", "Two?", "E."]
     assert {request.max_new_tokens for request in generator.asked} == {50}
@@ -221,17 +235,29 @@ def answered(model, chat, tmp_path_factory: pytest.TempPathFactory) -> RunConfig
     return run
 
 
-def test_a_killed_run_goes_on_behind_its_last_shard_to_the_same_bytes(answered, tmp_path):
+def spawned() -> list[psutil.Process]:
+    """This process's engines."""
+    children = psutil.Process().children()
+    return [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+
+
+def test_a_run_that_lost_its_engine_goes_on_behind_its_last_shard_to_the_same_bytes(
+    answered, tmp_path
+):
     expected = shards(folder_of(answered))
     run = run_of(tmp_path, **DRAWN)
     folder = folder_of(run)
-    process = start(run, tmp_path)
-    wait_for(lambda: folder.has_shard(1), "shard")
-    parts = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.communicate()
-    _, alive = psutil.wait_procs(parts, timeout=20)
-    assert not alive, "engines outlive what they answer for"
+
+    def kill_the_engine() -> None:
+        wait_for(lambda: folder.has_shard(1), "shard")
+        (engine,) = spawned()
+        engine.kill()
+
+    killer = threading.Thread(target=kill_the_engine)
+    killer.start()
+    with pytest.raises(WorkerLostError, match=r"regeneration engine 0.*exit code -9"):
+        regenerate(run, target())
+    killer.join()
     before = {path: path.stat().st_mtime_ns for path in (folder.path / "shards").glob("0*.jsonl")}
     assert 2 <= len(before) < len(expected) == 6
     assert folder.answers() is None
@@ -245,25 +271,37 @@ def test_a_killed_run_goes_on_behind_its_last_shard_to_the_same_bytes(answered, 
     }
 
 
-def test_the_loss_of_an_engine_ends_the_run_and_keeps_what_is_written(tmp_path):
-    run = run_of(tmp_path, shard_size=2)
-    folder = folder_of(run)
-
-    def kill_the_engine() -> None:
-        wait_for(lambda: folder.has_shard(0), "shard")
-        (engine,) = (
-            child
-            for child in psutil.Process().children()
-            if "spawn_main" in " ".join(child.cmdline())
-        )
+def test_engines_do_not_outlive_a_run_that_is_killed(tmp_path):
+    process = start(run_of(tmp_path, num=400, shard_size=400, batch_size=1), tmp_path)
+    parent = psutil.Process(process.pid)
+    wait_for(lambda: parent.children(recursive=True), "engine")
+    time.sleep(0.5)  # it is sent its shard, half a minute's work
+    engines = parent.children(recursive=True)
+    process.kill()
+    _, alive = psutil.wait_procs(engines, timeout=15)
+    for engine in alive:
         engine.kill()
+    process.communicate()  # not before: the engines have its pipes
+    assert not alive
 
-    killer = threading.Thread(target=kill_the_engine)
-    killer.start()
-    with pytest.raises(WorkerLostError, match=r"regeneration engine 0.*exit code -9"):
+
+def test_an_engine_that_cannot_start_tells_why_however_much_it_was_to_answer(tmp_path):
+    path = tmp_path / "long.jsonl"
+    path.write_text((json.dumps({"prompt": "How many? " * 100}) + "\n") * 1000)
+    run = run_of(tmp_path, num=1000, shard_size=1000)
+    changes = {"train": (str(path),), "chat_template_kwargs": {"enable_thinking": False}}
+    run = run.model_copy(update={"data": run.data.model_copy(update=changes)})
+    with pytest.raises(ConfigError, match=r"template doesn't read enable_thinking"):
         regenerate(run, target())
-    killer.join()
-    assert 1 <= len(shards(folder)) < 12
+
+
+def test_a_broken_held_out_line_is_told_before_anything_is_answered(tmp_path):
+    path = tmp_path / "heldout.jsonl"
+    path.write_text("{}\n")
+    run = run_of(tmp_path)
+    data = run.data.model_copy(update={"heldout": (str(path),)})
+    with pytest.raises(DataError, match=r"heldout.jsonl:1: has neither"):
+        regenerate(run.model_copy(update={"data": data}), target())
 
 
 def test_the_answers_are_prepared_like_any_conversations(answered, chat):

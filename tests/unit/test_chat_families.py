@@ -9,6 +9,7 @@ from transformers import ByT5Tokenizer
 
 from tests.unit.chat_families import (
     ASKED,
+    END,
     FINAL,
     MODES,
     PLAIN,
@@ -99,6 +100,19 @@ def in_content(messages):
 def test_reasoning_inside_the_content_is_what_the_template_takes_it_for(family, expected, thinking):
     settings = {MODES[family]: thinking} if family in MODES else {}
     assert supervised(family, in_content(REASONED), **settings) == answers(family, *expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_reasoning_without_an_answer_is_no_obstacle(family, end):
+    """Targets generate it, and whoever asks learns that there is no answer."""
+    messages = [*PLAIN[:2], Message("assistant", f"<think>Hm.</think>{end}")]
+    if (family, end) == ("qwen3", "\n"):  # its template strips that line
+        with pytest.raises(DataError, match="changes the text"):
+            supervised(family, messages)
+        return
+    (text,) = supervised(family, messages)
+    assert text.endswith(END[family])
 
 
 @pytest.mark.parametrize("family", MODES)
@@ -197,10 +211,21 @@ def test_an_answer_before_any_user_message_needs_no_prompt():
     assert tokenizer.decode(token_ids[mask]) == "".join(expected)
 
 
-def test_the_last_turn_of_a_template_that_changes_what_was_asked_is_refused():
+def test_the_last_turn_is_told_where_the_template_changes_what_was_asked():
     tokenizer = copy.deepcopy(make_tokenizer("chatml"))
     asked = "{{- '(asked)' if m.role == 'user' and loop.last }}{{ '<|im_start|>'"
     tokenizer.chat_template = FAMILIES["chatml"][0].replace("{{- '<|im_start|>'", asked)
+    token_ids, mask, _ = ChatTokenizer(tokenizer, last_turn_only=True).encode(PLAIN, "here")
+    assert [tokenizer.decode(token_ids[mask])] == answers("chatml", PLAIN[-1].content)
+
+
+def test_the_last_turn_by_markers_is_refused_where_the_template_changes_what_was_asked():
+    tokenizer = copy.deepcopy(make_tokenizer("chatml"))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '(asked)' if m.role == 'user' and loop.last }}"
+        "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}"
+    )
     assert len(ChatTokenizer(tokenizer).encode(PLAIN, "here").token_ids)
     with pytest.raises(DataError, match=r"here: .* writes the last user message differently"):
         ChatTokenizer(tokenizer, last_turn_only=True).encode(PLAIN, "here")

@@ -77,15 +77,12 @@ def test_a_broken_array_is_named_by_its_line(tmp_path):
         ({"prompt": "hi"}, "has no assistant turn .* regeneration.enabled"),
         ({}, "its keys: none"),
         ({"messages": "hi"}, "neither a list"),
-        ({"messages": []}, "neither a list|no assistant turn"),
+        ({"messages": []}, "holds no message of a user"),
+        ({"conversations": []}, "holds no message of a user"),
         ({"messages": ["hi"]}, "message 0: is a str, not an object"),
         (
             {"messages": [{"role": "robot", "content": "x"}]},
             "message 0: has the unknown role 'robot'",
-        ),
-        (
-            {"messages": [OPENAI[0], {"role": "assistant", "content": " \n"}]},
-            "message 1: has no content",
         ),
         ({"messages": [OPENAI[0], {"role": "assistant"}]}, "message 1: has no content"),
         (
@@ -110,7 +107,7 @@ def test_a_broken_array_is_named_by_its_line(tmp_path):
         ),
         ({"messages": [{**OPENAI[1], "function_call": {"name": "f"}}]}, "carries 'function_call'"),
         ({"messages": [{"from": "function_call", "value": "f("}]}, "message 0.*not valid JSON"),
-        ({"messages": [{"from": "function_call", "value": ""}]}, "message 0: has no content"),
+        ({"messages": [{"role": "user", "text": "hi"}]}, "message 0: has no content"),
         ({"messages": [{**OPENAI[1], "tool_calls": 3}]}, "message 0: .* that are no list"),
         ({"messages": OPENAI, "system": 3}, "system: has content that is no text"),
         ({"messages": OPENAI, "tools": "{}{"}, "tools: is not valid JSON"),
@@ -202,6 +199,39 @@ def test_sharegpts_system_prompt_tools_and_calls_are_read(tmp_path):
         Message("assistant", "Yes."),
     )
     assert list(conversation.tools) == TOOLS
+
+
+def test_an_empty_system_prompt_is_none(tmp_path):
+    path = write_lines(
+        tmp_path / "chats.jsonl",
+        {"messages": [{"role": "system", "content": ""}, *OPENAI]},
+        {"system": "", "conversations": SHAREGPT},
+    )
+    assert [conversation.messages for conversation in read(path)] == [MESSAGES] * 2
+
+
+def test_other_models_in_sharegpt_are_assistants(tmp_path):
+    turns = [SHAREGPT[0], {"from": "chatgpt", "value": "4"}]
+    (conversation,) = read(write_lines(tmp_path / "chats.jsonl", {"conversations": turns}))
+    assert conversation.messages == MESSAGES
+
+
+def test_an_empty_message_is_read_and_known_as_such(tmp_path):
+    turns = [OPENAI[0], {"role": "assistant", "content": None}, {"role": "tool", "content": ""}]
+    (conversation,) = read(write_lines(tmp_path / "chats.jsonl", {"messages": turns}))
+    assert [message.is_empty for message in conversation.messages] == [False, True, False]
+    assert Message("assistant", "<think>a</think>\n").is_empty
+    assert Message("assistant", "", reasoning="a").is_empty
+    assert not Message("assistant", "", tool_calls=(ToolCall("f", {}),)).is_empty
+
+
+def test_a_null_that_was_written_in_json_stays(tmp_path):
+    calls = [{"name": "f", "arguments": '{"a": null, "b": 1}'}]
+    tools = json.dumps([{"name": "f", "parameters": {"default": None}}])
+    row = {"messages": [OPENAI[0], {"role": "assistant", "tool_calls": calls}], "tools": tools}
+    (conversation,) = read(write_lines(tmp_path / "chats.jsonl", row))
+    assert conversation.messages[1].tool_calls[0].arguments == {"a": None, "b": 1}
+    assert list(conversation.tools) == json.loads(tools)
 
 
 def test_an_argument_that_parquet_fills_with_null_is_left_out(tmp_path):

@@ -32,6 +32,10 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>{{ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{{ mode }}{% endif %}"
 )
+MARKED = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'user' %}{{ m.content }}{% else %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}"
+)
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny_target"
 
 
@@ -421,11 +425,36 @@ def test_a_tokenizer_that_does_not_fit_the_target_is_refused(root, target):
 
 
 def test_an_error_half_way_leaves_nothing(root, target):
-    with (target / "chat_template.jinja").open("a") as file:
-        file.write("{{ raise_exception('no nines') if '9' in messages[0].content }}")
-    with pytest.raises(DataError, match=r"train.jsonl:10: .* no nines"):
+    template = target / "chat_template.jinja"
+    whole = "{% generation %}{{ messages[0].content }}{% endgeneration %}"
+    template.write_text(
+        f"{{% if '9' in messages[0].content %}}{whole}{{% else %}}{MARKED}{{% endif %}}"
+    )
+    with pytest.raises(DataError, match=r"train.jsonl:10: .* makes every token"):
         prepare(make_run(root, target))
     assert folders(root) == []
+
+
+def test_what_does_not_fit_the_template_is_left_out_and_told(root, target, caplog):
+    with (target / "chat_template.jinja").open("a") as file:
+        file.write("{{ raise_exception('no nines') if '9' in messages[0].content }}")
+    manifest, _ = prepare(make_run(root, target))
+    assert (manifest.num_prompts, manifest.rejected) == (9, {"unfit_for_template": 1})
+    assert "train.jsonl:10: the target's chat template refuses it: no nines" in caplog.text
+    write(root / "train.jsonl", [chat(9), chat(19)])
+    with pytest.raises(DataError, match=r"'unfit_for_template': 2.*the first: .*:1: .* no nines"):
+        prepare(make_run(root, target))
+
+
+def test_empty_messages_and_halves_of_characters_are_left_out_of_training(root, target):
+    broken = [chat(1, answer=" \n"), [{"role": "user", "content": ""}, *chat(2)[1:]]]
+    write(root / "train.jsonl", [*broken, chat(3, answer="half \ud83d"), chat(4)])
+    manifest, _ = prepare(make_run(root, target))
+    assert manifest.rejected == {"empty_message": 2, "unfit_for_template": 1}
+    assert manifest.num_prompts == 1
+    write(root / "heldout.jsonl", [chat(5, answer=" "), broken[1]])
+    with pytest.raises(DataError, match=r"heldout.jsonl:2: has an empty message"):
+        prepare(make_run(root, target))
 
 
 def test_a_run_killed_half_way_leaves_no_half_data_set(root, target):

@@ -6,7 +6,7 @@ import doctest
 import pytest
 import torch
 
-from tests.unit.chat_families import ASKED, CALLED, TOOLS, make_tokenizer
+from tests.unit.chat_families import ASKED, CALL, CALLED, END, TOOLS, make_tokenizer
 from torchspec_lib.config.regeneration import RegenerationConfig
 from torchspec_lib.data.chat import ChatTokenizer
 from torchspec_lib.data.conversations import Conversation
@@ -80,6 +80,23 @@ def test_what_the_template_would_write_otherwise_is_of_no_use(family, settings, 
     assert question.message_of(ids(text)) is None
 
 
+@pytest.mark.parametrize(
+    ("family", "text"),
+    [
+        ("chatml", ""),
+        ("chatml", "<think>Hm.</think>"),
+        ("qwen3", "<think>\nHm.\n</think>\n\n"),
+        ("llama3", ""),
+        ("kimi k2", ""),
+    ],
+)
+def test_an_answer_of_nothing_is_an_empty_message(family, text):
+    _, question, ids = asked(family)
+    message = question.message_of(ids(text + END[family]))
+    assert message is not None
+    assert message.is_empty
+
+
 def test_tokens_that_the_tokenizer_would_not_choose_are_of_no_use():
     _, question, ids = asked("chatml")
     whole = ids("Yes.<|im_end|>")
@@ -132,6 +149,15 @@ def test_recorded_tool_calls_stay_with_their_results():
     histories = said(Conversation("here", CALLED, None))
     first = f"{asked_first} call {result}"
     assert histories == [first, f"{first} [1] Thanks"]
+
+
+@pytest.mark.parametrize("turns", ["all", "last"])
+def test_a_recorded_tool_call_without_a_result_is_answered_anew(turns):
+    calls = [Message("assistant", "", tool_calls=(CALL,))] * 2
+    asked_for = Conversation("here", (*ASKED, *calls), None)
+    assert said(asked_for, turns) == [" ".join(message.content for message in ASKED)]
+    both = Conversation("here", (*ASKED, *calls, CALLED[3], CALLED[3]), None)
+    assert said(both)[0].count("call") == 2, "calls of one turn, their results behind them"
 
 
 def test_the_last_turn_alone_follows_the_conversation_as_it_is():

@@ -88,7 +88,8 @@ class _Finder:
         header = prompt[len(plain) :] if prompt.startswith(plain) else ""
         if self._text.startswith(prompt) and len(prompt) <= before:
             # Without a header the prompt may lack the role's name, which then isn't generated.
-            is_near = not self._text[len(prompt) : before].strip()
+            between = self._text[len(prompt) : before].strip()
+            is_near = not between or between.startswith("<think>")
             return len(prompt) if header or is_near or is_call else None
         # The text lacks a reasoning that the prompt has or opens: only the header is in both,
         # perhaps without the reasoning's tag.

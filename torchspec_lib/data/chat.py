@@ -97,8 +97,9 @@ class ChatTokenizer:
         if not self._template.has_markers:
             spans = answer_spans(self._template, messages, tools, text, where)
         spans = [(begin, self._turn_end(text, begin, end)) for begin, end in spans]
-        first = self._last_turn(messages, tools, text, where) if self._last_turn_only else 0
-        num_turns, spans = len(spans), [span for span in spans if span[0] >= first]
+        num_turns = len(spans)
+        if self._last_turn_only:
+            spans = self._last_turn(messages, tools, text, spans, where)
         ids, begins = self._tokens(text, spans, where)
         loss_mask = np.zeros(len(begins), dtype=np.bool_)
         for begin, end in spans:
@@ -113,8 +114,10 @@ class ChatTokenizer:
         """Token ids that ask the target for its answer to ``messages``.
 
         Raises:
-            DataError: The template refuses them.
+            DataError: The template refuses them, or one is empty.
         """
+        if any(message.is_empty for message in messages):
+            raise DataError(where, "has an empty message", "Fill it in, or remove the conversation")
         text = self._template.text(messages, tools, where, ask=True)
         return np.array(self._ids(text), dtype=np.int32)
 
@@ -133,13 +136,22 @@ class ChatTokenizer:
             return behind.end()
         return begin + len(answer)
 
-    def _last_turn(self, messages: Sequence[Message], tools: Tools, text: str, where: str) -> int:
-        """Where in ``text`` the last user message that was answered ends."""
+    def _last_turn(
+        self,
+        messages: Sequence[Message],
+        tools: Tools,
+        text: str,
+        spans: Sequence[Span],
+        where: str,
+    ) -> list[Span]:
+        """The spans behind the last user message that was answered."""
         roles = [message.role for message in messages]
         answer = max(i for i, role in enumerate(roles) if role == "assistant")
         last = max((i for i, role in enumerate(roles[:answer]) if role == "user"), default=-1)
         if last < 0:
-            return 0
+            return list(spans)
+        if not self._template.has_markers:  # then there is a span for every turn
+            return list(spans[roles[:last].count("assistant") :])
         asked = self._template.text(messages[: last + 1], tools, where)
         if not text.startswith(asked):
             raise DataError(
@@ -148,7 +160,7 @@ class ChatTokenizer:
                 "answered, so that the last turn can't be told",
                 "Set data.last_turn_only to false, or remove it",
             )
-        return len(asked)
+        return [span for span in spans if span[0] >= len(asked)]
 
     def _tokens(
         self, text: str, spans: Sequence[Span], where: str

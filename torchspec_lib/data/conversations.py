@@ -206,14 +206,16 @@ def _parse(row: Any, where: str, answered: bool) -> Conversation:
             f" (its keys: {', '.join(row) or 'none'})",
             'Write {"messages": [{"role": "user", "content": "..."}, ...]}',
         )
-    messages = tuple(parse_message(turn, f"{where}, message {i}") for i, turn in enumerate(turns))
+    messages = [parse_message(turn, f"{where}, message {i}") for i, turn in enumerate(turns)]
     if row.get("system"):  # ShareGPT has it beside the messages
         system = parse_message({"role": "system", "content": row["system"]}, f"{where}, system")
-        messages = (system, *messages)
+        messages = [system, *messages]
+    # An empty system prompt is none.
+    messages = [message for message in messages if message.role != "system" or message.content]
     source_id = row.get("id")
     conversation = Conversation(
         where,
-        messages,
+        tuple(messages),
         None if source_id is None else str(source_id),
         parse_tools(row.get("tools"), where),
         None if row.get("category") is None else str(row["category"]),
@@ -233,4 +235,6 @@ def _as_turns(row: dict[str, Any]) -> Any:
     """The messages of a raw ``prompt``, or the first of the questions in ``turns``."""
     turns = row.get("turns")
     prompt = turns[0] if isinstance(turns, list) and turns else row.get("prompt")
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else None
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}]
+    return row.get("messages", row.get("conversations"))

@@ -188,7 +188,8 @@ def _write(
         if count == 0:
             raise DataError(
                 f"data.{field}",
-                f"no conversation is usable; rejected: {dict(selection.rejected)}",
+                f"no conversation is usable; rejected: {dict(selection.rejected)}"
+                + (f"; the first: {selection.first_unfit}" if selection.first_unfit else ""),
                 "Add conversations, or change data.max_length or data.min_loss_tokens",
             )
     if not selection.end_of_turn_ids():

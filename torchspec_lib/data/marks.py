@@ -77,7 +77,8 @@ def _mark(message: Message, left: str, right: str, strip: bool, by_id: bool) -> 
         return replace(message, tool_calls=(*others, last))
     reasoning, cut, answer = message.content.rpartition(REASONING_END)
     words = answer.strip() if strip else answer
-    before, _, after = answer.partition(words)
+    begin = answer.index(words)
+    before, after = answer[:begin], answer[begin + len(words) :]
     content = f"{reasoning}{cut}{before}{left}{words}{right}{after}"
     return replace(message, content=content)
 

@@ -17,6 +17,9 @@ ROLES = {
     "human": "user",
     "assistant": "assistant",
     "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
     "function_call": "assistant",
     "tool": "tool",
     "observation": "tool",
@@ -46,7 +49,8 @@ CALL_FORMS = tuple(
 class ToolCall:
     """A function that an assistant has called: ``ToolCall("weather", {"city": "Rome"}, "call_1")``.
 
-    Arguments that are null are left out: Parquet writes null for every argument of other calls.
+    Arguments that are null are left out unless they come as JSON in a string: Parquet writes null
+    for every argument of other calls.
     """
 
     name: str
@@ -60,13 +64,19 @@ class Message:
 
     role: str
     content: str
-    """Empty only beside tool calls, or in a tool's result."""
+    """Empty beside tool calls, in a tool's result, and where the data have nothing."""
     reasoning: str | None = None
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
     """Of the call whose result this is."""
     name: str | None = None
     """The tool's, with a result."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing is said where something should be: a reasoning alone is no answer."""
+        said = self.content.rpartition(REASONING_END)[2].strip()
+        return not said and not self.tool_calls and self.role != "tool"
 
     @property
     def thought(self) -> str:
@@ -137,8 +147,8 @@ def parse_message(turn: Any, where: str) -> Message:
     if name == "function_call":  # ShareGPT has calls as a message's text, one or a list
         given, content = content, ""
     calls = _parse_calls(given, where)
-    if not content.strip() and not calls and role != "tool":
-        raise DataError(where, "has no content", "Fill it in, or remove the conversation")
+    if not calls and not {"content", "value"} & turn.keys():
+        raise DataError(where, "has no content", "Write it as 'content', or remove it")
     return Message(
         role,
         content,
@@ -155,12 +165,12 @@ def parse_tools(tools: Any, where: str) -> tuple[dict[str, Any], ...]:
     Raises:
         DataError: They are something else.
     """
-    tools = _from_json(tools, f"{where}, tools")
+    tools = _from_json(_without_nulls(tools), f"{where}, tools")
     if not tools:
         return ()
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise DataError(where, "has 'tools' that are no list of objects", "Write OpenAI's form")
-    return tuple(_without_nulls(tool) for tool in tools)
+    return tuple(tools)
 
 
 def _parse_content(content: Any, where: str) -> str:
@@ -193,10 +203,10 @@ def _parse_call(call: Any, where: str) -> ToolCall:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise DataError(where, "names no function", "Write OpenAI's form")
-    arguments = _from_json(function.get("arguments") or {}, f"{where}, arguments")
+    arguments = _from_json(_without_nulls(function.get("arguments")) or {}, f"{where}, arguments")
     if not isinstance(arguments, dict):
         raise DataError(where, "has arguments that are no object", "Write a JSON object")
-    return ToolCall(function["name"], _without_nulls(arguments), _text(call, "id", where))
+    return ToolCall(function["name"], arguments, _text(call, "id", where))
 
 
 def _from_json(value: Any, where: str) -> Any:

@@ -33,7 +33,7 @@ class RejectedAnswer(Settings):
     """Its place in the sources."""
     reason: str
     text: str
-    """How the answer begins, if there is one."""
+    """How the answer begins, or why nothing could be asked."""
 
 
 class ShardReport(Settings):
@@ -179,7 +179,8 @@ class RegeneratedFolder:
             raise DataError(
                 "data.train",
                 f"no answer of the target is usable; rejected: {answers.rejected}",
-                "Raise regeneration.max_new_tokens or data.max_length",
+                f"Look at the examples in {self.path}/shards, and raise "
+                "regeneration.max_new_tokens or data.max_length, or correct the conversations",
             )
         return tuple(self._source(report) for report in self.reports() if report.num_answered)
 

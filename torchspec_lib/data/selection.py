@@ -1,6 +1,7 @@
 """Which conversations become prompts, and why the others don't."""
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
@@ -13,6 +14,11 @@ from torchspec_lib.data.chat import ChatTokenizer, EncodedChat
 from torchspec_lib.data.conversations import Conversation
 from torchspec_lib.errors import ConfigError, DataError
 from torchspec_lib.types import Prompt
+
+MAX_TOLD = 3
+"""Conversations that don't fit the template, and are told of one by one."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,6 +49,8 @@ class Selection:
         self._heldout_texts: set[str] = set()
         self._seen: set[bytes] = set()
         self.rejected: Counter[str] = Counter()
+        self.first_unfit = ""
+        """What is wrong with the first conversation that doesn't fit the template."""
         self.token_counts = np.zeros(vocab_size, dtype=np.int64)
         """[V], how often each target token is supervised."""
         self.num_tokens = 0
@@ -81,11 +89,13 @@ class Selection:
 
         Raises:
             ConfigError: The tokenizer has more tokens than the target's vocabulary.
-            DataError: The template refuses a conversation, or supervises all or none of it.
+            DataError: The template supervises all or none of a conversation.
         """
         for position, conversation in enumerate(conversations):
             where = conversation.where
-            encoded = self._chat.encode(conversation.messages, where, conversation.tools)
+            encoded = self._encode(conversation)
+            if encoded is None:
+                continue
             _check_mask(encoded.loss_mask, where)
             reason = self._why_unusable(conversation, encoded)
             if reason is not None:
@@ -99,6 +109,21 @@ class Selection:
     def end_of_turn_ids(self) -> Set[int]:
         """Special tokens that are supervised, so stand at the end of an answer."""
         return self._chat.special_ids & set(np.flatnonzero(self.token_counts).tolist())
+
+    def _encode(self, conversation: Conversation) -> EncodedChat | None:
+        """Tokens and mask; None, and counted, where the mask can't be told."""
+        messages, where = conversation.messages, conversation.where
+        if any(message.is_empty for message in messages):
+            self.rejected["empty_message"] += 1
+            return None
+        try:
+            return self._chat.encode(messages, where, conversation.tools)
+        except DataError as error:
+            self.rejected["unfit_for_template"] += 1
+            self.first_unfit = self.first_unfit or str(error)
+            if self.rejected["unfit_for_template"] <= MAX_TOLD:
+                logger.warning("event=left_out %s", error)
+            return None
 
     def _why_unusable(self, conversation: Conversation, encoded: EncodedChat) -> str | None:
         asked = next((m.content.strip() for m in conversation.messages if m.role == "user"), None)

@@ -14,9 +14,12 @@ from torchspec_lib.data.regenerated import RegeneratedFolder
 from torchspec_lib.data.vocab import inherited_vocab
 from torchspec_lib.target import TargetSpec
 
-PREPARE_VERSION = 2
+PREPARE_VERSION = 3
 """Raise it when the same input shall give another data set."""
-TOKENIZER_PATTERNS = ("*token*", "*.jinja", "chat_template.json", "vocab.*", "merges.txt")
+TOKENIZER_PATTERNS = (
+    *("*token*", "*.jinja", "chat_template.json", "vocab.*", "merges.txt", "*.model"),
+    "tekken.json",
+)
 """Files of a target's folder that decide about its token ids and its chat template."""
 
 
@@ -40,16 +43,19 @@ class Sources:
             _open("data.heldout", data.heldout, data.split),
         )
 
-    def check_files(self) -> None:
+    def check_files(self, answered: bool = True) -> None:
         """Read every file once, before anything is loaded: a broken line fails in no time.
+
+        Args:
+            answered: Whether those in ``train`` must have answers.
 
         Raises:
             DataError: A row is no conversation, or a file holds none.
         """
-        for sources, answered in ((self.train, True), (self.heldout, False)):
+        for sources, must_be in ((self.train, answered), (self.heldout, False)):
             for source in sources:
                 if source.path is not None:
-                    for _ in source.conversations(answered):
+                    for _ in source.conversations(must_be):
                         pass
 
     def answered(self, run: RunConfig, target: TargetSpec) -> Self:

@@ -57,7 +57,7 @@ class ChatTemplate:
         Python's own notation, such as ``None``: templates print what they don't expect.
 
         Raises:
-            DataError: The template refuses them.
+            DataError: The template refuses them, or a character is broken.
         """
         from jinja2.exceptions import TemplateError
 
@@ -81,6 +81,7 @@ class ChatTemplate:
                 f"the target's chat template refuses it: {refusal}",
                 "Change its roles or their order, or remove it",
             ) from refusal
+        _check_characters(best[0], where)
         return best
 
     def _render(
@@ -99,6 +100,17 @@ class ChatTemplate:
         )
         texts, spans = rendered
         return texts[0], _joined(spans[0]) if spans else []
+
+
+def _check_characters(text: str, where: str) -> None:
+    """JSON can hold half of a character, a lone surrogate; no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        broken = repr(text[error.start])
+        raise DataError(
+            where, f"holds {broken}, half of a character", "Correct or remove it"
+        ) from error
 
 
 def _num_python(text: str, messages: Sequence[Message], tools: Tools) -> int:

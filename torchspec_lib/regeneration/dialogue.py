@@ -1,6 +1,7 @@
 """Which messages of a conversation the target answers, and after what."""
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Literal
 
 from torchspec_lib.data.conversations import Conversation
@@ -48,11 +49,13 @@ def _whole_turns(messages: Sequence[Message]) -> list[tuple[Message, ...]]:
     """The messages up to each answer, without the recorded ones.
 
     A recorded answer says where one belongs; without it, that is where a user goes on, or the end.
+    A tool call that has no result is an answer, too.
     """
     turns: list[tuple[Message, ...]] = []
     turn: list[Message] = []
-    for message, following in zip(messages, [*messages[1:], None], strict=True):
-        is_answer = message.role == "assistant" and not message.tool_calls
+    for i, message in enumerate(messages):
+        following = messages[i + 1] if i + 1 < len(messages) else None
+        is_answer = message.role == "assistant" and not _has_result(messages, i)
         if not is_answer:
             turn.append(message)
         is_open = message.role in ASKING and (following is None or following.role == "user")
@@ -60,6 +63,13 @@ def _whole_turns(messages: Sequence[Message]) -> list[tuple[Message, ...]]:
             turns.append(tuple(turn))
             turn = []
     return turns
+
+
+def _has_result(messages: Sequence[Message], i: int) -> bool:
+    """Whether a message calls tools, and what they gave follows, perhaps behind further calls."""
+    calls = takewhile(lambda message: message.tool_calls, messages[i:])
+    following = messages[i + len(list(calls)) :]
+    return bool(messages[i].tool_calls and following and following[0].role == "tool")
 
 
 def _last_turn(messages: Sequence[Message]) -> list[tuple[Message, ...]]:

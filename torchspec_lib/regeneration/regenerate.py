@@ -31,7 +31,7 @@ def regenerate(run: RunConfig, target: TargetSpec) -> tuple[RegeneratedAnswers, 
 
     Raises:
         ConfigError: A source doesn't exist, or SGLang refuses its settings.
-        DataError: A conversation is broken, asks nothing, or the template refuses it.
+        DataError: A row is no conversation.
         PlacementError: This machine's GPUs hold no engine.
         WorkerLostError: An engine's process died.
     """
@@ -41,6 +41,7 @@ def regenerate(run: RunConfig, target: TargetSpec) -> tuple[RegeneratedAnswers, 
     answers = folder.answers()
     if answers is not None:
         return answers, folder
+    sources.check_files(answered=False)
     total = _count(sources, run)
     with folder.claim():
         todo = (shard for shard in _shards(sources, run) if not folder.has_shard(shard.index))
@@ -63,10 +64,7 @@ def regenerate(run: RunConfig, target: TargetSpec) -> tuple[RegeneratedAnswers, 
 
 
 def _count(sources: Sources, run: RunConfig) -> int | None:
-    """How many conversations will be answered, by reading them: a broken line fails in no time.
-
-    None where only downloading would tell.
-    """
+    """How many conversations will be answered; None where only downloading would tell."""
     if any(source.path is None for source in sources.train):
         return run.regeneration.max_conversations
     return sum(1 for _ in _conversations(sources, run))

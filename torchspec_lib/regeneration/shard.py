@@ -11,6 +11,7 @@ from torchspec_lib.config.run import RunConfig
 from torchspec_lib.data.chat import ChatTokenizer
 from torchspec_lib.data.conversations import Conversation
 from torchspec_lib.data.regenerated import RejectedAnswer, ShardReport
+from torchspec_lib.errors import DataError
 from torchspec_lib.regeneration.answer import Question
 from torchspec_lib.regeneration.dialogue import Dialogue
 from torchspec_lib.regeneration.generator import Generated, GenerationRequest, Generator
@@ -33,18 +34,18 @@ def answer_shard(
 ) -> tuple[ShardReport, list[dict[str, Any]]]:
     """Answer every conversation, the n-th turns of all of them together.
 
-    A conversation with an answer that is of no use is left out as a whole.
+    A conversation that can't be asked, or with an answer that is of no use, is left out as a whole.
 
     Returns:
         The report, and the answered conversations in their order as rows of a data set.
 
     Raises:
-        DataError: A conversation asks nothing, or the target's chat template refuses it.
         EngineError: The engine can't be used any more.
     """
     started = time.perf_counter()
     answering = _Answering(run, chat)
-    dialogues = [Dialogue(one, run.regeneration.turns) for one in shard.conversations]
+    begun = (answering.begin(conversation) for conversation in shard.conversations)
+    dialogues = [dialogue for dialogue in begun if dialogue is not None]
     open_dialogues = dialogues
     while open_dialogues:
         asked = [turn for dialogue in open_dialogues if (turn := answering.ask(dialogue))]
@@ -55,7 +56,7 @@ def answer_shard(
     answered = [dialogue for dialogue in dialogues if dialogue in answering.lengths]
     report = ShardReport(
         index=shard.index,
-        num_conversations=len(dialogues),
+        num_conversations=len(shard.conversations),
         num_answered=len(answered),
         answer_lengths=tuple(n for dialogue in answered for n in answering.lengths[dialogue]),
         num_generated=answering.num_generated,
@@ -77,13 +78,30 @@ class _Answering:
         self.rejected: Counter[str] = Counter()
         self.examples: list[RejectedAnswer] = []
 
+    def begin(self, conversation: Conversation) -> Dialogue | None:
+        """The dialogue, if it asks anything."""
+        try:
+            return Dialogue(conversation, self._settings.turns)
+        except DataError as error:
+            self._reject(conversation, "asks_nothing", error.problem)
+            return None
+
     def ask(self, dialogue: Dialogue) -> tuple[Dialogue, Question, GenerationRequest] | None:
-        """The next question, unless the conversation leaves no room for an answer."""
+        """The next question, unless the conversation allows none or has no room for an answer."""
         conversation = dialogue.conversation
-        question = Question(self._chat, dialogue.history, conversation.tools, conversation.where)
+        if any(message.is_empty for message in dialogue.history):
+            self._drop(dialogue, "empty_message", "")
+            return None
+        try:
+            question = Question(
+                self._chat, dialogue.history, conversation.tools, conversation.where
+            )
+        except DataError as error:
+            self._drop(dialogue, "unfit_for_template", error.problem)
+            return None
         room = self._max_length - len(question.token_ids)
         if room < 1:
-            self._reject(dialogue, "prompt_too_long", "")
+            self._drop(dialogue, "prompt_too_long", "")
             return None
         seed = _seed(self._settings.seed, question.token_ids)
         limit = min(self._settings.max_new_tokens, room)
@@ -95,20 +113,23 @@ class _Answering:
         self.num_generated += len(ids)
         message = question.message_of(ids) if generated.is_finished else None
         if not generated.is_finished:
-            self._reject(dialogue, "answer_too_long", question.text_of(ids))
+            self._drop(dialogue, "answer_too_long", question.text_of(ids))
         elif message is None:
-            self._reject(dialogue, "changed_by_template", question.text_of(ids))
-        elif not message.content.strip():
-            self._reject(dialogue, "empty_answer", question.text_of(ids))
+            self._drop(dialogue, "changed_by_template", question.text_of(ids))
+        elif message.is_empty:
+            self._drop(dialogue, "empty_answer", question.text_of(ids))
         else:
             dialogue.add(message)
             self.lengths.setdefault(dialogue, []).append(len(ids))
 
-    def _reject(self, dialogue: Dialogue, reason: str, text: str) -> None:
+    def _drop(self, dialogue: Dialogue, reason: str, text: str) -> None:
         self.lengths.pop(dialogue, None)
+        self._reject(dialogue.conversation, reason, text)
+
+    def _reject(self, conversation: Conversation, reason: str, text: str) -> None:
         self.rejected[reason] += 1
         if self.rejected[reason] <= MAX_EXAMPLES:
-            where = dialogue.conversation.where
+            where = conversation.where
             example = RejectedAnswer(where=where, reason=reason, text=text[:EXAMPLE_LENGTH])
             self.examples.append(example)
 

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 
@@ -50,11 +50,9 @@ class Worker:
         theirs.close()  # so that reading ours ends when the process does
 
     def send(self, shard: Shard) -> None:
-        """Have a shard answered and written; ``receive`` tells when."""
-        try:
+        """Have a shard answered and written; ``receive`` tells when, or why it won't be."""
+        with suppress(BrokenPipeError, ConnectionResetError):
             self.connection.send(shard)
-        except BrokenPipeError:
-            raise self._lost() from None
 
     def receive(self) -> ShardReport:
         """The report on the shard that was sent.
@@ -94,9 +92,12 @@ def answer_all(shards: Iterator[Shard], specs: Iterator[WorkerSpec]) -> Iterator
     """
     workers: dict[Connection, Worker] = {}
     try:
+        first = []
         for spec, shard in zip(specs, shards, strict=False):
             worker = Worker(spec)
             workers[worker.connection] = worker
+            first.append((worker, shard))
+        for worker, shard in first:  # a large one waits until it is read, so all start before it
             worker.send(shard)
         busy = dict(workers)
         while busy:
@@ -141,6 +142,9 @@ def _answer_shards(spec: WorkerSpec, generator: Generator, connection: Connectio
             shard: Shard = connection.recv()
         except EOFError:
             return
+        logger.info(
+            "event=answering shard=%d conversations=%d", shard.index, len(shard.conversations)
+        )
         report, rows = answer_shard(shard, run, chat, generator)
         spec.folder.write_shard(report, rows)
         connection.send(report)
