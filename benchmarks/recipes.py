@@ -2,11 +2,13 @@
 
 ``python -m benchmarks.recipes [--only NAME ...] [--seeds N]`` trains, decodes the held-out prompts
 for real, and prints accept lengths with their spread; a draft takes a minute or two on two cores.
-Every row is the demo's configuration with a change or two. What the output has isn't done again.
+Every row is the demo's run of EAGLE-3 as published with a change or two; "eagle-3.1" is the demo's
+own. What the output has isn't done again.
 """
 
 import argparse
 import json
+import re
 import statistics
 import tempfile
 from pathlib import Path
@@ -15,32 +17,43 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from tests.run_process import Driver
+from tests.run_process import TINY, Driver
 from torchspec_lib.config.run import RunConfig
 from torchspec_lib.config.settings import PROJECT_ROOT
 from torchspec_lib.data.dataset import prepare_dataset
 from torchspec_lib.evaluation.evaluate import evaluate_draft
 from torchspec_lib.pipeline import preflight
+from torchspec_lib.regeneration.regenerate import regenerate
 
+FOREIGN = "foreign.jsonl"
+PLAIN = {"fc_norm": False, "norm_output": False}
+"""EAGLE-3 as published, which every row changes."""
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {},
+    "eagle-3.1": {"draft": {"fc_norm": True, "norm_output": True}},
+    "fc_norm": {"draft": {"fc_norm": True}},
+    "norm_output": {"draft": {"norm_output": True}},
     "lk_hybrid": {"training": {"loss": {"lk_hybrid": 1.0}}},
     "lk_alpha": {"training": {"loss": {"lk_alpha": 1.0}}},
     "kl + tv": {"training": {"loss": {"kl": 0.5, "tv": 0.5}}},
     "tv": {"training": {"loss": {"tv": 1.0}}},
-    "eagle-3.1": {"draft": {"fc_norm": True, "norm_output": True}},
     "eagle-3.1, lk_alpha": {
         "draft": {"fc_norm": True, "norm_output": True},
         "training": {"loss": {"lk_alpha": 1.0}},
     },
-    "fc_norm": {"draft": {"fc_norm": True}},
-    "norm_output": {"draft": {"norm_output": True}},
     "muon": {"training": {"optimizer": "muon"}},
     "wsd": {"training": {"lr_schedule": "wsd"}},
     "by sample": {"training": {"loss_reduction": "sample"}},
     "no depth decay": {"training": {"depth_decay": 1.0}},
     "half the vocabulary": {"draft": {"vocab_size": 256}},
     "whole vocabulary": {"draft": {"vocab_size": None}},
+    # The same questions in another model's style, and with the target's own answers in its place.
+    # In "plain" they are as the target was taught them, which is hardly foreign.
+    "foreign answers": {"data": {"train": [FOREIGN]}},
+    "regenerated": {
+        "data": {"train": [str(TINY / "questions.jsonl")]},
+        "regeneration": {"enabled": True, "max_new_tokens": 160, "batch_size": 32},
+    },
 }
 PATIENCE_S = 3600.0
 
@@ -48,9 +61,25 @@ PATIENCE_S = 3600.0
 def recipe(name: str, seed: int, data_root: Path) -> RunConfig:
     """The demo's run with a recipe's changes."""
     run = yaml.safe_load((PROJECT_ROOT / "configs" / "tiny.yaml").read_text())["run"]
+    run["draft"] |= PLAIN
     for section, changes in RECIPES[name].items():
-        run[section] = run[section] | changes
+        run[section] = run.get(section, {}) | changes
+    if run["data"]["train"] == [FOREIGN]:
+        run["data"]["train"] = [str(foreign_answers(data_root))]
     return RunConfig.model_validate(run | {"seed": seed, "data_root": str(data_root)})
+
+
+def foreign_answers(folder: Path) -> Path:
+    """The demo's conversations as if another model had answered: what comes last, first."""
+    rows = [json.loads(line) for line in (TINY / "train.jsonl").read_text().splitlines()]
+    for message in (message for row in rows for message in row["messages"]):
+        if message["role"] == "assistant":
+            sentences = re.split(r"(?<=\.)\s", message["content"])
+            message["content"] = " ".join(reversed(sentences))
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / FOREIGN
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 def accept_length(run: RunConfig, folder: Path) -> float:
@@ -60,8 +89,10 @@ def accept_length(run: RunConfig, folder: Path) -> float:
         AssertionError: It changed an answer.
     """
     folder.mkdir()
-    draft = Path(Driver(run, folder).summary(PATIENCE_S)["draft_dir"])
     target = preflight(run)
+    if run.regeneration.enabled:
+        regenerate(run, target)
+    draft = Path(Driver(run, folder).summary(PATIENCE_S)["draft_dir"])
     _, dataset = prepare_dataset(run, target)
     report = evaluate_draft(run, target, draft, dataset)
     assert report.lossless, "an answer differs from plain decoding's"

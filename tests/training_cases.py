@@ -78,6 +78,8 @@ def make_run(target: TargetSpec, draft: dict[str, Any] | None = None, **training
                 "aux_layer_ids": [0, 1, 2],
                 "vocab_size": 37,
                 "ttt_steps": 3,
+                "fc_norm": False,  # EAGLE-3 as published, which others' drafts mostly are
+                "norm_output": False,
                 **(draft or {}),
             },
             "training": {

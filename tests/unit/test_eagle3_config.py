@@ -49,8 +49,8 @@ def test_config_json_says_what_both_engines_and_both_transformers_read():
         "rope_parameters": ROPES["llama3"],
         "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 3, 4]},
         "eagle_aux_hidden_state_layer_ids": [2, 4, 5],
-        "fc_norm": False,
-        "norm_output": False,
+        "fc_norm": True,
+        "norm_output": True,
         "norm_before_residual": False,
     }
     assert make_config().to_serving_json()["rope_scaling"] is None
@@ -82,10 +82,10 @@ def test_a_draft_takes_its_sizes_from_the_target_unless_told_otherwise():
 
 @pytest.mark.parametrize("flag", ["fc_norm", "norm_output"])
 def test_each_norm_of_eagle_3_1_is_a_setting_of_its_own(flag):
-    settings = DraftConfig(**{flag: True})
+    settings = DraftConfig(**{flag: False})
     config = DraftModelConfig.from_target(make_target(num_layers=8), settings, 11, "float16")
     both = {"fc_norm", "norm_output"}
-    assert config.model_dump(include=both) == {name: name == flag for name in both}
+    assert config.model_dump(include=both) == {name: name != flag for name in both}
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from datetime import date
 import pytest
 import yaml
 
+from torchspec_lib.config.models import DraftConfig
 from torchspec_lib.config.run import RunConfig
 from torchspec_lib.registry.candidate import (
     Candidate,
@@ -226,6 +227,17 @@ def test_the_model_card_says_how_to_serve_the_draft(tmp_path):
     assert "--speculative-num-draft-tokens 6" in card
     assert '{"method": "eagle3", "model": "THIS_FOLDER", "num_speculative_tokens": 5}' in card
     assert "abc123" in card
+
+
+@pytest.mark.parametrize(
+    ("norms", "are_told"),
+    [({}, True), ({"fc_norm": False}, True), ({"fc_norm": False, "norm_output": False}, False)],
+)
+def test_the_model_card_warns_of_engines_that_lack_a_drafts_norms(tmp_path, norms, are_told):
+    run = make_run()
+    run = run.model_copy(update={"draft": DraftConfig(**norms)})
+    card = model_card(run, make_candidate(tmp_path), "abc123", date(2026, 1, 2))
+    assert ("EAGLE-3.1" in card) == are_told
 
 
 def test_the_model_card_has_every_figure_with_its_conditions_and_the_lineage(tmp_path):

@@ -84,10 +84,11 @@ class DraftConfig(Settings):
     intermediate_size: PositiveInt | None = None
     ttt_steps: PositiveInt = 7
     """Depth of the training-time test."""
-    fc_norm: bool = False
+    fc_norm: bool = True
     """EAGLE-3.1: normalise every auxiliary state before they are joined."""
-    norm_output: bool = False
-    """EAGLE-3.1: the next depth reads the draft's state after the final norm."""
+    norm_output: bool = True
+    """EAGLE-3.1: the next depth reads the draft's state after the final norm. Without both it is
+    EAGLE-3 as published; SGLang and vLLM serve either."""
     freeze_head: bool = False
     """Keep the target's own rows as the draft's head, whatever ``training.continual_from`` brings.
     It isn't trained then, and takes no memory for gradients and optimizer state."""

@@ -11,6 +11,10 @@ from torchspec_lib.results import Cost, Estimate, EvalReport, RegisteredDraft, S
 
 LABEL_WIDTH = 15
 RESULTS = ("prompts", "number", "accept length", "by position", "lossless", "speed-up")
+NORMS = """
+It is an EAGLE-3.1 draft: its configuration has `fc_norm`, `norm_output` or both. Engines from
+before June 2026 don't know them. SGLang then leaves them out without a word, and accepts little.
+"""
 TAGS = ("eagle3", "speculative-decoding", "draft-model", "sglang", "vllm")
 
 
@@ -80,7 +84,7 @@ vLLM, which drafts chains:
 
     vllm serve {named} --dtype {run.model.dtype} --speculative-config \\
       '{{"method": "eagle3", "model": "{draft}", "num_speculative_tokens": {report.draft_steps}}}'
-
+{NORMS if run.draft.fc_norm or run.draft.norm_output else ""}
 ## What it reached
 
 New tokens per target forward, the target's own included; plain decoding has 1.00. By position:
