@@ -1,6 +1,6 @@
 """The checks and the plan that precede a training run: everything knowable is refused here.
 
-Nothing in this module starts an actor or reads a weight.
+Nothing in this module starts an actor, or reads a weight but those to be started from.
 """
 
 import logging
@@ -52,7 +52,10 @@ def preflight(run: RunConfig, nodes: Sequence[Node] | None = None) -> TargetSpec
             if Path(source).suffix:
                 find_path(source, f"data.{name}[{index}]")
     if run.training.continual_from is not None:
+        from torchspec_lib.training.continual import check_start  # torch, seconds
+
         continual_fingerprint(run.training.continual_path)
+        check_start(run, target)
     _check_sizes(run, target)
     _check_evaluation(run)
     plan = make_plan(run, target, num_prompts=0, longest=run.data.max_length)

@@ -34,6 +34,7 @@ from torchspec_lib.models.batch import pack
 from torchspec_lib.models.export import load_draft
 from torchspec_lib.models.published import read_published
 from torchspec_lib.models.validate import validate_draft
+from torchspec_lib.pipeline import preflight
 from torchspec_lib.run_folder import continual_fingerprint
 from torchspec_lib.training.checkpoint import CheckpointFolder
 from torchspec_lib.training.eagle3_trainer import Eagle3Trainer
@@ -130,6 +131,21 @@ def test_the_layers_of_a_draft_that_names_none_are_the_targets_default(own, tmp_
     assert read_published(folder, deeper).config.aux_layer_ids == (1, 3, 4)
 
 
+def starting_from(folder, target, vocab_size=37, continual_vocab="keep") -> RunConfig:
+    draft = {"vocab_size": vocab_size, "aux_layer_ids": [0, 1, 2]}
+    training = {"continual_from": str(folder), "continual_vocab": continual_vocab}
+    return RunConfig.model_validate(
+        {
+            "model": {"target": target.path},
+            "data": {"train": ["some/prompts"], "heldout": ["others"], "max_length": 64},
+            "evaluation": {"max_new_tokens": 32},
+            "cluster": {"device": "cpu"},
+            "draft": {**draft, "fc_norm": False, "norm_output": False},
+            "training": training,
+        }
+    )
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -149,6 +165,28 @@ def test_what_another_network_has_is_named(own, tmp_path, changes, words):
     folder = published(own, tmp_path / "theirs", "ours", **changes)
     with pytest.raises(ConfigError, match=rf"training\.continual_from: .*{words}"):
         make_trainer(tmp_path / "run").start_from(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"norm_output": True}, "norm_output is True there and False here"),
+        ({"norm_before_residual": True}, "norm_before_residual is True, and only False"),
+    ],
+)
+def test_another_network_is_refused_before_anything_starts(own, tmp_path, target, changes, words):
+    run = starting_from(published(own, tmp_path / "theirs", "ours", **changes), target)
+    with pytest.raises(ConfigError, match=rf"training\.continual_from: .*{words}"):
+        preflight(run)
+
+
+def test_damaged_weights_are_refused_before_anything_starts(own, tmp_path, target):
+    folder = published(own, tmp_path / "theirs", "ours")
+    assert preflight(starting_from(folder, target)) == target
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match=r"training\.continual_from: .*model\.safetensors: "):
+        preflight(starting_from(folder, target))
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle", b"\x80\x02}q\x00."])
@@ -194,24 +232,14 @@ def test_a_remapped_head_has_the_shared_tokens_rows_and_else_the_targets(own, tm
 
 def test_a_vocabulary_is_kept_unless_it_is_to_be_remapped(own, target):
     def run(size, vocab):
-        return RunConfig.model_validate(
-            {
-                "model": {"target": target.path},
-                "data": {"train": ["t"], "heldout": ["h"]},
-                "draft": {"vocab_size": size},
-                "training": {"continual_from": str(own), "continual_vocab": vocab},
-            }
-        )
+        return starting_from(own, target, size, vocab)
 
     assert inherited_vocab(run(37, "keep")).tolist() == DRAFT_VOCAB.tolist()
     assert inherited_vocab(run(37, "remap")) is None
     with pytest.raises(ConfigError, match=r"draft\.vocab_size: 30 .* has 37\. Set it to 37"):
         inherited_vocab(run(30, "keep"))
     pickled = published(own, own.parent / "pickled", "safeailab")
-    kept = run(37, "keep")
-    training = kept.training.model_copy(update={"continual_from": str(pickled)})
-    kept = kept.model_copy(update={"training": training})
-    assert inherited_vocab(kept).tolist() == DRAFT_VOCAB.tolist()
+    assert inherited_vocab(starting_from(pickled, target)).tolist() == DRAFT_VOCAB.tolist()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

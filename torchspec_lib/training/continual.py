@@ -90,13 +90,34 @@ def load_weights(path: Path, fresh: FreshDraft) -> None:
         set_model_state_dict(fresh.model, frozen, options=_SOME_FROM_FIRST_RANK)
 
 
+def check_start(run: RunConfig, target: TargetSpec) -> None:
+    """Refuse a draft's folder that can't be started from, before there are engines and trainers.
+
+    A checkpoint is checked once it is loaded, and so is the vocabulary, which the data decide.
+
+    Raises:
+        ConfigError: It is damaged or doesn't fit; the message says what differs.
+    """
+    path = run.training.continual_path
+    if (path / files.META).is_file():
+        return
+    num_tokens = run.draft.vocab_size or target.vocab_size
+    own = DraftModelConfig.from_target(target, run.draft, num_tokens, "float32")
+    try:
+        found = read_published(path, target)
+    except DraftFormatError as error:
+        raise _refusal(path, "; ".join(error.problems)) from error
+    if problems := _network_problems(found.config, own):
+        raise _refusal(path, "; ".join(problems))
+
+
 def _refusal(path: Path, problem: str) -> ConfigError:
     return ConfigError(
         "training.continual_from",
         f"{path} can't be started from: {problem}",
-        "Name a whole checkpoint or draft of the same shape and draft vocabulary, or leave it out. "
-        "The vocabulary of a draft's folder, not of a checkpoint, may be another with "
-        "training.continual_vocab: remap",
+        "Name a whole checkpoint or draft of the same shape and draft vocabulary, set the draft's "
+        "settings to its own, or leave it out. The vocabulary of a draft's folder, not of a "
+        "checkpoint, may be another with training.continual_vocab: remap",
     )
 
 
@@ -106,6 +127,8 @@ def _load_checkpoint(path: Path, fresh: FreshDraft) -> None:
     wanted: dict[str, Any] = {"model": get_model_state_dict(fresh.model)}
     own = {
         "draft.aux_layer_ids": list(fresh.config.aux_layer_ids),
+        "draft.fc_norm": fresh.config.fc_norm,
+        "draft.norm_output": fresh.config.norm_output,
         "draft.vocabulary": vocabulary_id(fresh.draft_vocab),
     }
     together(partial(_check_checkpoint, path, meta["identity"], own, wanted["model"]))
@@ -151,13 +174,19 @@ def _draft_weights(path: Path, fresh: FreshDraft) -> dict[str, Tensor]:
 
 
 def _check_draft(path: Path, found: PublishedDraft, fresh: FreshDraft) -> None:
-    left_out = _MAY_DIFFER | _TRAINED_ON
-    there, here = (c.model_dump(exclude=left_out) for c in (found.config, fresh.config))
+    problems = _network_problems(found.config, fresh.config)
     if fresh.run.training.continual_vocab == "keep":
-        there["vocabulary"] = vocabulary_id(found.draft_vocab)
-        here["vocabulary"] = vocabulary_id(fresh.draft_vocab)
-    if problems := identity_differences(there, here):
+        there, here = (vocabulary_id(draft.draft_vocab) for draft in (found, fresh))
+        problems += identity_differences({"vocabulary": there}, {"vocabulary": here})
+    if problems:
         raise _refusal(path, "; ".join(problems))
+
+
+def _network_problems(there: DraftModelConfig, here: DraftModelConfig) -> list[str]:
+    left_out = _MAY_DIFFER | _TRAINED_ON
+    return identity_differences(
+        there.model_dump(exclude=left_out), here.model_dump(exclude=left_out)
+    )
 
 
 def _warn_of_changes(path: Path, found: PublishedDraft, fresh: FreshDraft) -> None:
