@@ -13,7 +13,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--faults", type=int, default=6, help="how many, for test_chaos.py")
+    parser.addoption("--faults", type=int, default=4, help="how many, for test_chaos.py")
     parser.addoption("--seed", type=int, default=0, help="of their moments, for test_chaos.py")
 
 

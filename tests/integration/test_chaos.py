@@ -31,7 +31,7 @@ def make_run(data_root: Path, num_faults: int) -> RunConfig:
         NUM_PROMPTS,
         training={
             "training_num_gpus_per_node": 2,
-            "num_epochs": 4 + min(num_faults, FAULTS_PER_RUN),
+            "num_epochs": 3 + min(num_faults, FAULTS_PER_RUN),
             "global_batch_size": 5,
             "learning_rate": 1e-3,
             "compute_dtype": "float32",

@@ -78,7 +78,9 @@ def test_colocated_engines_and_trainers_share_their_bundles(tmp_path):
     assert Driver(run, tmp_path).summary()["num_trained"] == 10
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 def test_an_interrupted_run_saves_all_its_steps_and_leaves_nothing_behind(tmp_path, number):
     run = config(tmp_path / "data", num_prompts=600)
     driver = Driver(run, tmp_path)
