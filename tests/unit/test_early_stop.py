@@ -5,7 +5,7 @@ import asyncio
 import pytest
 
 from tests.fakes import FakeEngine, make_prompts
-from tests.unit.test_control_plane import Rank, policy, schedule, size_of
+from tests.unit.control_plane import Rank, policy, schedule, size_of
 from torchspec_lib.controller.inference_manager import InferenceManager
 from torchspec_lib.controller.ledger import Ledger, State
 from torchspec_lib.controller.training_controller import RunTotals, TrainingController

@@ -1,18 +1,16 @@
+"""What a prepared data set holds."""
+
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
 
+from tests.unit.dataset.cases import VOCAB_SIZE, chat, folders, make_run, prepare, write
 from torchspec_lib.config.models import DataConfig, DraftConfig, ModelConfig
 from torchspec_lib.config.run import RunConfig
 from torchspec_lib.config.training import TrainingConfig
@@ -21,91 +19,10 @@ from torchspec_lib.data.dataset import (
     load_draft_vocab,
     load_heldout,
     load_prompts,
-    prepare_dataset,
 )
 from torchspec_lib.data.summary import decoded_spans, summarize
-from torchspec_lib.errors import ConfigError, DataError
-from torchspec_lib.target import read_target
 
-VOCAB_SIZE = 320
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}<|end|>{{ '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{{ mode }}{% endif %}"
-)
-MARKED = (
-    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'user' %}{{ m.content }}{% else %}"
-    "{% generation %}{{ m.content }}{% endgeneration %}{% endif %}{% endfor %}"
-)
-EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny_target"
-
-
-@pytest.fixture
-def target(tmp_path):
-    """A target's folder without weights; preparing data needs none."""
-    folder = tmp_path / "target"
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=["<|user|>", "<|assistant|>", "<|end|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator([turn["content"] for turn in chat(3)] * 5, trainer)
-    PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|end|>", chat_template=TEMPLATE
-    ).save_pretrained(folder)
-    sizes = {"num_hidden_layers": 8, "hidden_size": 16, "intermediate_size": 32}
-    rest = {"num_attention_heads": 2, "max_position_embeddings": 512, "rms_norm_eps": 1e-5}
-    (folder / "config.json").write_text(
-        json.dumps({**sizes, **rest, "vocab_size": VOCAB_SIZE, "eos_token_id": 2})
-    )
-    return folder
-
-
-def chat(number, answer=None):
-    return [
-        {"role": "user", "content": f"What is {number} and one more?"},
-        {"role": "assistant", "content": answer or f"One more than {number} is {number + 1}."},
-    ]
-
-
-def write(path, chats):
-    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chats))
-
-
-def make_run(root, target, **changes):
-    """A run over ``train.jsonl`` and ``heldout.jsonl``; changes are ``section__field``."""
-    settings = {
-        "model": {"target": str(target)},
-        "data": {
-            "train": [str(root / "train.jsonl")],
-            "heldout": [str(root / "heldout.jsonl")],
-            "max_length": 256,
-        },
-        "data_root": str(root / "data"),
-    }
-    for key, value in changes.items():
-        section, _, field = key.partition("__")
-        settings.setdefault(section, {})[field] = value
-    return RunConfig.model_validate(settings)
-
-
-@pytest.fixture
-def root(tmp_path):
-    write(tmp_path / "train.jsonl", [chat(i) for i in range(10)])
-    write(tmp_path / "heldout.jsonl", [chat(i) for i in range(100, 103)])
-    return tmp_path
-
-
-def prepare(run):
-    return prepare_dataset(run, read_target(run.model))
-
-
-def folders(root):
-    datasets = root / "data" / "datasets"
-    return sorted(path.name for path in datasets.iterdir()) if datasets.exists() else []
+EXAMPLE = Path(__file__).parents[3] / "examples" / "tiny_target"
 
 
 def test_every_prompt_is_its_conversation_and_supervises_the_answer(root, target):
@@ -210,35 +127,6 @@ def test_the_same_input_gives_the_same_bytes(root, target):
     }
 
 
-def test_every_conversation_is_a_prompt_or_counted_with_its_reason(root, target):
-    chats = [
-        chat(1),
-        chat(2, answer="long " * 300),
-        chat(3, answer="x"),
-        chat(1),
-        chat(100, answer="Leaked into training."),
-        chat(4),
-    ]
-    write(root / "train.jsonl", chats)
-    manifest, folder = prepare(make_run(root, target))
-    assert manifest.rejected == {
-        "also_in_heldout": 1,
-        "duplicate": 1,
-        "too_few_supervised_tokens": 1,
-        "too_long": 1,
-    }
-    assert manifest.num_prompts + sum(manifest.rejected.values()) == len(chats)
-    sources = pq.read_table(folder / "prompts.parquet")["source"].to_pylist()
-    assert sources == [f"{root}/train.jsonl:1", f"{root}/train.jsonl:6"]
-
-
-def test_only_the_first_so_many_usable_prompts_are_taken(root, target):
-    _, everything = prepare(make_run(root, target))
-    manifest, folder = prepare(make_run(root, target, data__max_prompts=3))
-    assert manifest.num_prompts == 3
-    assert load_prompts(folder).ids == load_prompts(everything).ids[:3]
-
-
 def test_held_out_prompts_ask_for_the_last_answer(root, target):
     turns = [*chat(7), {"role": "user", "content": "And then?"}, *chat(8)[1:]]
     write(root / "heldout.jsonl", [turns, chat(9, answer="w " * 300), chat(5)])
@@ -259,12 +147,6 @@ def test_held_out_prompts_ask_as_the_target_is_served(root, target):
     tokenizer = ChatTokenizer.load(str(target)).tokenizer
     for prompt in load_heldout(folder):
         assert tokenizer.decode(prompt.prompt_token_ids).endswith("<|assistant|>\nbrief")
-
-
-def test_a_setting_that_the_template_does_not_read_is_refused_with_nothing_left(root, target):
-    with pytest.raises(ConfigError, match=r"data\.chat_template_kwargs: .* doesn't read thinking"):
-        prepare(make_run(root, target, data__chat_template_kwargs={"thinking": False}))
-    assert folders(root) == []
 
 
 @pytest.mark.parametrize("last_turn_only", [False, True])
@@ -298,13 +180,6 @@ def test_tools_are_told_to_the_target_in_training_and_in_held_out_prompts(root, 
     tokenizer = ChatTokenizer.load(str(target)).tokenizer
     assert tokenizer.decode(load_prompts(folder)[0].token_ids).startswith("fg<|user|>")
     assert tokenizer.decode(load_heldout(folder)[0].prompt_token_ids).startswith("fg<|user|>")
-
-
-def test_a_held_out_prompt_beyond_the_limit_is_counted(root, target):
-    long = [{"role": "user", "content": "why " * 300}, *chat(1)[1:]]
-    write(root / "heldout.jsonl", [long, chat(100)])
-    manifest, _ = prepare(make_run(root, target))
-    assert (manifest.num_heldout, manifest.rejected) == (1, {"heldout_too_long": 1})
 
 
 def test_the_draft_vocabulary_holds_the_frequent_tokens_and_the_end_of_turn(root, target):
@@ -361,125 +236,6 @@ def test_the_summary_tells_lengths_and_supervised_tokens(root, target):
     assert summary["num_loss_tokens"]["mean"] == pytest.approx(expected)
     assert summary["num_tokens"]["count"] == 10
     assert "50%" in summary.index
-
-
-@pytest.mark.parametrize(
-    ("template", "extent"),
-    [
-        (
-            "{% for m in messages %}{{ m.content }}{% generation %}{% endgeneration %}{% endfor %}",
-            "no",
-        ),
-        (
-            "{% generation %}{% for m in messages %}{{ m.content }}{% endfor %}{% endgeneration %}",
-            "every",
-        ),
-    ],
-)
-def test_a_mask_of_all_zeros_or_all_ones_is_refused_with_the_sample_named(
-    root, target, template, extent
-):
-    (target / "chat_template.jinja").write_text(template)
-    with pytest.raises(DataError, match=rf"train.jsonl:1: .* makes {extent} token"):
-        prepare(make_run(root, target))
-    assert folders(root) == []
-
-
-def test_a_broken_line_is_named_before_the_tokenizer_is_looked_at(root, target):
-    (target / "tokenizer.json").write_text("broken too")
-    with (root / "train.jsonl").open("a") as file:
-        file.write('{"messages": [}\n')
-    with pytest.raises(DataError, match=r"train.jsonl:11: is not valid JSON"):
-        prepare(make_run(root, target))
-    assert folders(root) == []
-
-
-def test_data_without_a_usable_conversation_is_refused_with_the_reasons(root, target):
-    write(root / "train.jsonl", [chat(1, answer="x"), chat(100)])
-    with pytest.raises(DataError, match=r"data\.train: .*'too_few_supervised_tokens': 1"):
-        prepare(make_run(root, target))
-
-
-def test_a_held_out_conversation_that_asks_nothing_is_refused(root, target):
-    write(root / "heldout.jsonl", [chat(1)[1:]])
-    with pytest.raises(DataError, match=r"heldout.jsonl:1: asks nothing"):
-        prepare(make_run(root, target))
-
-
-def test_a_missing_file_is_named_with_its_setting(root, target):
-    run = make_run(root, target, data__heldout=[str(root / "no.jsonl")])
-    with pytest.raises(ConfigError, match=r"data\.heldout\[0\]: .* doesn't exist"):
-        prepare(run)
-
-
-def test_a_draft_vocabulary_beyond_the_targets_is_refused(root, target):
-    with pytest.raises(ConfigError, match=r"draft\.vocab_size: 321 exceeds"):
-        prepare(make_run(root, target, draft__vocab_size=321))
-
-
-def test_a_tokenizer_that_does_not_fit_the_target_is_refused(root, target):
-    config = json.loads((target / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
-    with pytest.raises(ConfigError, match=r"model\.target: .* vocabulary has 100 tokens"):
-        prepare(make_run(root, target))
-
-
-def test_an_error_half_way_leaves_nothing(root, target):
-    template = target / "chat_template.jinja"
-    whole = "{% generation %}{{ messages[0].content }}{% endgeneration %}"
-    template.write_text(
-        f"{{% if '9' in messages[0].content %}}{whole}{{% else %}}{MARKED}{{% endif %}}"
-    )
-    with pytest.raises(DataError, match=r"train.jsonl:10: .* makes every token"):
-        prepare(make_run(root, target))
-    assert folders(root) == []
-
-
-def test_what_does_not_fit_the_template_is_left_out_and_told(root, target, caplog):
-    with (target / "chat_template.jinja").open("a") as file:
-        file.write("{{ raise_exception('no nines') if '9' in messages[0].content }}")
-    manifest, _ = prepare(make_run(root, target))
-    assert (manifest.num_prompts, manifest.rejected) == (9, {"unfit_for_template": 1})
-    assert "train.jsonl:10: the target's chat template refuses it: no nines" in caplog.text
-    write(root / "train.jsonl", [chat(9), chat(19)])
-    with pytest.raises(DataError, match=r"'unfit_for_template': 2.*the first: .*:1: .* no nines"):
-        prepare(make_run(root, target))
-
-
-def test_empty_messages_and_halves_of_characters_are_left_out_of_training(root, target):
-    broken = [chat(1, answer=" \n"), [{"role": "user", "content": ""}, *chat(2)[1:]]]
-    write(root / "train.jsonl", [*broken, chat(3, answer="half \ud83d"), chat(4)])
-    manifest, _ = prepare(make_run(root, target))
-    assert manifest.rejected == {"empty_message": 2, "unfit_for_template": 1}
-    assert manifest.num_prompts == 1
-    write(root / "heldout.jsonl", [chat(5, answer=" "), broken[1]])
-    with pytest.raises(DataError, match=r"heldout.jsonl:2: has an empty message"):
-        prepare(make_run(root, target))
-
-
-def test_a_run_killed_half_way_leaves_no_half_data_set(root, target):
-    write(root / "train.jsonl", [chat(i) for i in range(3000)])
-    run = make_run(root, target)
-    code = (
-        "import sys\n"
-        "from torchspec_lib.config.run import RunConfig\n"
-        "from torchspec_lib.data.dataset import prepare_dataset\n"
-        "from torchspec_lib.target import read_target\n"
-        "run = RunConfig.model_validate_json(sys.argv[1])\n"
-        "prepare_dataset(run, read_target(run.model))\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, run.model_dump_json()], stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 60
-    while not folders(root) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert folders(root), "it was killed before it began"
-    assert all(name.startswith(".") for name in folders(root))
-    manifest, folder = prepare(run)
-    assert manifest.num_prompts == len(load_prompts(folder)) == 3000 - 3
 
 
 def test_the_shipped_example_supervises_the_answers_and_nothing_else(tmp_path):
