@@ -23,8 +23,8 @@ from tasks.register_artifact import register_artifact
 from tasks.report_failure import ABANDONED_S, report_failure
 from tasks.run_input import RunInput
 from tasks.stage import PlainError
+from tests.candidates import make_report
 from tests.flyte.records import SUMMARY
-from tests.unit.test_gate import make_report
 from torchspec_lib.config.settings import PROJECT_ROOT
 from workflows.train_draft import train_draft
 

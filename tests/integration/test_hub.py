@@ -9,8 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from huggingface_hub import constants
 
+from tests.candidates import make_report
 from tests.integration.test_registry import make_run, trained
-from tests.unit.test_gate import make_report
 from torchspec_lib.errors import ConfigError, RecoverableError
 from torchspec_lib.pipeline import preflight
 from torchspec_lib.registry.hub import check_access, push

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_gate import make_candidate
+from tests.candidates import make_candidate
 from torchspec_lib.config.run import RunConfig
 from torchspec_lib.errors import ConfigError
 from torchspec_lib.nightly import plan_night

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_gate import make_candidate, make_report
+from tests.candidates import make_candidate, make_report
 from torchspec_lib.config.models import DataConfig, ModelConfig
 from torchspec_lib.config.outcome import RegistryConfig
 from torchspec_lib.config.run import RunConfig
@@ -33,7 +33,7 @@ FIRST_REGISTRATION = """
 import logging, sys
 from pathlib import Path
 from tests.integration.test_registry import make_run, trained
-from tests.unit.test_gate import make_report
+from tests.candidates import make_report
 from torchspec_lib.registry.registry import champion_to_evaluate, register_draft
 
 logging.basicConfig(level=logging.INFO)

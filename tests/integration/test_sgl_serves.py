@@ -10,8 +10,8 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from tests.candidates import make_candidate, make_run
 from tests.unit.eagle3_reference import DRAFT_VOCAB, make_config, make_draft
-from tests.unit.test_gate import make_candidate, make_run
 from torchspec_lib.config.settings import PROJECT_ROOT
 from torchspec_lib.evaluation.acceptance import ServedCounts
 from torchspec_lib.evaluation.served import accepted_counts

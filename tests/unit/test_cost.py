@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_gate import make_candidate
+from tests.candidates import make_candidate
 from torchspec_lib.config.run import RunConfig
 from torchspec_lib.cost import bill, estimate, held_s, note_bring_up
 from torchspec_lib.plan import ClusterPlan, make_plan
