@@ -2,8 +2,8 @@
 
 ``python -m benchmarks.recipes [--only NAME ...] [--seeds N]`` trains, decodes the held-out prompts
 for real, and prints accept lengths with their spread; a draft takes a minute or two on two cores.
-Every row is the demo's run of EAGLE-3 as published with a change or two; "eagle-3.1" is the demo's
-own. What the output has isn't done again.
+Every row is the demo's run of EAGLE-3 as published, by AdamW, with a change or two; "eagle-3.1,
+muon" is the demo's own. What the output has isn't done again.
 """
 
 import argparse
@@ -27,21 +27,20 @@ from torchspec_lib.regeneration.regenerate import regenerate
 
 FOREIGN = "foreign.jsonl"
 PLAIN = {"fc_norm": False, "norm_output": False}
-"""EAGLE-3 as published, which every row changes."""
+NORMS = {"fc_norm": True, "norm_output": True}
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "plain": {},
-    "eagle-3.1": {"draft": {"fc_norm": True, "norm_output": True}},
+    "eagle-3.1": {"draft": NORMS},
+    "muon": {"training": {"optimizer": "muon"}},
+    "eagle-3.1, muon": {"draft": NORMS, "training": {"optimizer": "muon"}},
+    "eagle-3.1, twice the rate": {"draft": NORMS, "training": {"learning_rate": 0.01}},
     "fc_norm": {"draft": {"fc_norm": True}},
     "norm_output": {"draft": {"norm_output": True}},
     "lk_hybrid": {"training": {"loss": {"lk_hybrid": 1.0}}},
     "lk_alpha": {"training": {"loss": {"lk_alpha": 1.0}}},
     "kl + tv": {"training": {"loss": {"kl": 0.5, "tv": 0.5}}},
     "tv": {"training": {"loss": {"tv": 1.0}}},
-    "eagle-3.1, lk_alpha": {
-        "draft": {"fc_norm": True, "norm_output": True},
-        "training": {"loss": {"lk_alpha": 1.0}},
-    },
-    "muon": {"training": {"optimizer": "muon"}},
+    "eagle-3.1, lk_alpha": {"draft": NORMS, "training": {"loss": {"lk_alpha": 1.0}}},
     "wsd": {"training": {"lr_schedule": "wsd"}},
     "by sample": {"training": {"loss_reduction": "sample"}},
     "no depth decay": {"training": {"depth_decay": 1.0}},
@@ -62,6 +61,7 @@ def recipe(name: str, seed: int, data_root: Path) -> RunConfig:
     """The demo's run with a recipe's changes."""
     run = yaml.safe_load((PROJECT_ROOT / "configs" / "tiny.yaml").read_text())["run"]
     run["draft"] |= PLAIN
+    run["training"] |= {"optimizer": "adamw"}
     for section, changes in RECIPES[name].items():
         run[section] = run.get(section, {}) | changes
     if run["data"]["train"] == [FOREIGN]:

@@ -84,6 +84,7 @@ def make_run(target: TargetSpec, draft: dict[str, Any] | None = None, **training
             },
             "training": {
                 "global_batch_size": 6,
+                "optimizer": "adamw",  # Muon rounds to bfloat16 on its way
                 "learning_rate": 1e-3,
                 "compute_dtype": "float32",
                 "max_grad_norm": 1.0,

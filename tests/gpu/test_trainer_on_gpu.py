@@ -29,6 +29,7 @@ pytestmark = [
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 DEAL = [[0, 5], [1, 2], [3, 4]]
+OPTIMIZERS = ("adamw", "muon")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -63,18 +64,20 @@ def test_a_trainer_on_a_gpu_takes_the_steps_of_one_on_the_cpu(tmp_path, parallel
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-def test_one_checkpoint_follows_another(tmp_path):
-    trainer = make_trainer(tmp_path, GPU, interval=1)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_one_checkpoint_follows_another(tmp_path, optimizer):
+    trainer = make_trainer(tmp_path, GPU, interval=1, optimizer=optimizer)
     control = RecordingControl()
     trainer.run((prepare(trainer, step, DEAL) for step in (1, 2, 3)), control)
-    again = make_trainer(tmp_path, GPU)
+    again = make_trainer(tmp_path, GPU, optimizer=optimizer)
     again.resume(tmp_path / "ckpt" / "step_000003")
     before, after = weights_of(trainer), weights_of(again)
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_starting_a_step_never_waits_for_the_device(tmp_path):
-    trainer = make_trainer(tmp_path, GPU)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_starting_a_step_never_waits_for_the_device(tmp_path, optimizer):
+    trainer = make_trainer(tmp_path, GPU, optimizer=optimizer)
     trainer.train_step(prepare(trainer, 1, DEAL))()
     steps = [pinned(prepare(trainer, step, DEAL)) for step in (2, 3)]
     torch.cuda.set_sync_debug_mode("error")

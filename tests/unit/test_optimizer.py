@@ -65,7 +65,11 @@ def test_a_run_of_one_step_trains_at_the_full_rate():
 def test_the_scheduler_drives_the_optimizer_with_the_configured_settings():
     model = torch.nn.LayerNorm(2, bias=False)
     training = TrainingConfig(
-        learning_rate=1e-3, betas=(0.8, 0.9), weight_decay=0.1, warmup_ratio=0.5
+        optimizer="adamw",
+        learning_rate=1e-3,
+        betas=(0.8, 0.9),
+        weight_decay=0.1,
+        warmup_ratio=0.5,
     )
     optimizer = build_optimizer(model, training)
     scheduler = build_scheduler(optimizer, training, num_steps=6)
