@@ -22,6 +22,13 @@ from torchspec_lib.types import (
 )
 
 
+def make_jobs(num, lengths=lambda i: 4) -> list[Job]:
+    return [
+        Job(CaptureRequest(SampleKey.first("run", 0, prompt.prompt_id), prompt))
+        for prompt in make_prompts(num, lengths)
+    ]
+
+
 def test_a_poisonous_prompt_is_rejected_with_its_reason_and_the_rest_is_trained():
     totals, *_ = run(engines=[FakeEngine(failing({"p3"}, fault="prompt"))])
     assert (totals.num_trained, totals.rejected) == (9, {"poison": 1})
@@ -112,8 +119,8 @@ def test_a_long_prompt_keeps_no_short_one_waiting():
 def test_the_engine_with_the_fewest_outstanding_tokens_gets_the_next_prompts():
     slots = [EngineSlot(i, FakeEngine(), policy(call_prompts=1, num_calls=4)) for i in range(2)]
     queue = JobQueue()
-    for prompt in make_prompts(5, lambda i: 30 if i == 0 else 8):
-        queue.append(Job(CaptureRequest(SampleKey.first("run", 0, prompt.prompt_id), prompt)))
+    for job in make_jobs(5, lambda i: 30 if i == 0 else 8):
+        queue.append(job)
     for slot in slots:
         slot.is_up = True
     calls = next_calls(slots, queue, policy(call_prompts=1, num_calls=4))
@@ -130,8 +137,8 @@ def test_an_engine_gets_no_more_than_its_window_holds_but_always_one_prompt():
     few = policy(call_prompts=1, num_calls=4, window_tokens=16)
     slot, queue = EngineSlot(0, FakeEngine(), few), JobQueue()
     slot.is_up = True
-    for prompt in make_prompts(4, lambda i: [20, 8, 8, 8][i]):
-        queue.append(Job(CaptureRequest(SampleKey.first("run", 0, prompt.prompt_id), prompt)))
+    for job in make_jobs(4, lambda i: [20, 8, 8, 8][i]):
+        queue.append(job)
     [(_, first)] = next_calls([slot], queue, few)
     assert first.num_tokens == 20
     asyncio.run(slot.finish(first))
@@ -209,6 +216,24 @@ def test_an_engine_that_finds_no_way_into_the_store_is_started_again(monkeypatch
     totals, *_ = run(num_prompts=10, engines=[engine], hang_timeout_s=0.3)
     assert totals.num_trained == 10
     assert engine.starts == [False, True]
+
+
+@pytest.mark.parametrize("pauses_s", [(0.3,), (0.0, 0.3)])
+def test_an_engine_that_had_nothing_to_do_is_not_blamed_for_a_refusal(pauses_s):
+    """Neither for the first, nor for one long after another."""
+
+    def refuse(request):
+        return CaptureFailure(request.key, "no answer", "store")
+
+    async def work():
+        slot = EngineSlot(0, FakeEngine(refuse), policy(hang_timeout_s=0.2))
+        assert await slot.start(None)
+        for job, pause_s in zip(make_jobs(2), pauses_s, strict=False):
+            await asyncio.sleep(pause_s)
+            await slot.finish(slot.begin([job]))
+            assert slot.stuck() is None
+
+    asyncio.run(work())
 
 
 def test_every_recovery_is_noted_with_its_engine_and_its_cause():

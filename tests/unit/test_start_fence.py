@@ -21,11 +21,16 @@ def put(store: MemoryStore, start: int):
     return store.put(key, {"input_ids": torch.arange(4, dtype=torch.int32)})
 
 
-def test_a_new_start_frees_what_the_one_before_left_and_nothing_else(store):
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize("start", [2, 3])
+def test_a_new_start_frees_what_those_before_left_and_nothing_else(store, start, restarted):
+    """A start whose trainers didn't come up is one that no engine hears of."""
     fence = StartFence(store, "run")
     with fence.capturing(1, []):
-        left, new, foreign = put(store, 1), put(store, 2), put(store, 11)
-    with fence.capturing(2, []):
+        left, new, foreign = put(store, 1), put(store, start), put(store, 11)
+    if restarted:
+        fence = StartFence(store, "run")
+    with fence.capturing(start, []):
         pass
     with pytest.raises(SampleLostError):
         store.get(left, torch.device("cpu"))

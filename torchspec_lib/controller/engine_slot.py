@@ -67,8 +67,8 @@ class EngineSlot:
         self._calls: list[Call] = []
         self._answered = 0.0
         """When a call last came back: the turn of another may only then have come."""
-        self._stored = 0.0
-        """When nothing kept it from storing samples."""
+        self._refused_since: float | None = None
+        """Begin of the first of its last calls, if it could store no sample in any of them."""
         self.garbage: list[SampleKey] = []
         """Keys of given-up attempts. Their samples may come yet, so the engine that was to make
         them removes them: whatever it still did is done by then."""
@@ -127,16 +127,20 @@ class EngineSlot:
             working.cancel()
             self._calls.remove(call)
             self.num_tokens -= call.num_tokens
-        self._answered = time.monotonic()
+        idle_s, self._answered = call.start - self._answered, time.monotonic()
+        if self._refused_since is None or idle_s > self._policy.hang_timeout_s:
+            self._refused_since = call.start
         results = working.result()
         if not all(_is_stores_fault(result) for result in results):
-            self._stored = self._answered
+            self._refused_since = None
         return results
 
     def stuck(self) -> HungError | None:
         """What is wrong with an engine that finds no way into the store, while others may."""
-        kept_s = self._answered - self._stored
-        if not self.is_up or kept_s <= self._policy.hang_timeout_s:
+        if not self.is_up or self._refused_since is None:
+            return None
+        kept_s = self._answered - self._refused_since
+        if kept_s <= self._policy.hang_timeout_s:
             return None
         return HungError(self.name, f"it could store nothing for {kept_s:.0f} s")
 
@@ -166,7 +170,7 @@ class EngineSlot:
                 error = failure
             else:
                 self.is_up = True
-                self._answered = self._stored = time.monotonic()
+                self._answered, self._refused_since = time.monotonic(), None
                 return True
         self.is_given_up = True
         return False

@@ -25,7 +25,7 @@ class StartFence:
     def capturing(self, start: int, keys: Collection[SampleKey]) -> Iterator[None]:
         """Capture ``keys`` for the ``start``-th start.
 
-        A new one waits for the calls of the one before, and frees what they left.
+        A new one waits for the calls of those before, and frees what they left.
 
         Raises:
             EngineError: The engine works for a later start already.
@@ -46,7 +46,8 @@ class StartFence:
         if start < self._start:
             raise EngineError(self._run_id, f"works for start {self._start} and not for {start}")
         if start > self._start:
-            self._store.clear(start_id(self._run_id, start - 1))
+            for earlier in range(self._start, start):  # an engine needn't have heard of all
+                self._store.clear(start_id(self._run_id, earlier))
             self._start = start
 
     def wait_for(self, keys: Collection[SampleKey]) -> None:
