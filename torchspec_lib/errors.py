@@ -158,9 +158,12 @@ class TooManyFailuresError(TorchSpecError):
         self.reasons = reasons
 
     def __str__(self) -> str:
+        reasons = "; ".join(self.reasons)
+        if self.num_failed == self.num_total:
+            return f"all {self.num_total} prompts were rejected: {reasons}"
         return (
             f"{self.num_failed} of {self.num_total} prompts were rejected, more than "
-            f"inference.max_failed_fraction ({self.limit}): {'; '.join(self.reasons)}"
+            f"inference.max_failed_fraction ({self.limit}): {reasons}"
         )
 
 

@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
 
+from torchspec_lib import json_lines
 from torchspec_lib.config.run import RunConfig
 from torchspec_lib.errors import ConfigError
 from torchspec_lib.results import DatasetManifest, SnapshotResult, TrainSummary
@@ -126,7 +126,8 @@ class RunFolder:
                 if old.exists():
                     shutil.rmtree(old)
             mark = checkpoint_mark(self.checkpoints)
-            for file in (self.metrics, self.snapshot_results, self.summary, mark):
+            notes = (self.metrics, self.snapshot_results, self.recoveries)
+            for file in (*notes, self.summary, mark):
                 file.unlink(missing_ok=True)
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         (self.path / "config.json").write_text(run.model_dump_json(indent=2))
@@ -145,39 +146,35 @@ class RunFolder:
 
     def keep_metrics_until(self, step: int) -> None:
         """Drop what was noted after ``step``, which is trained again."""
-        kept = [metrics for metrics in self.read_metrics() if metrics.step <= step]
-        self.metrics.write_text("")
-        self.append_metrics(kept)
+        rows = json_lines.read(self.metrics)
+        json_lines.replace(self.metrics, (row for row in rows if row["step"] <= step))
 
     def append_metrics(self, steps: Sequence[StepMetrics]) -> None:
-        with self.metrics.open("a") as file:
-            for step in steps:
-                rates = {"accept_rates": step.accept_rates, "accept_length": step.accept_length}
-                file.write(json.dumps(asdict(step) | rates) + "\n")
+        json_lines.append(
+            self.metrics,
+            (
+                asdict(step)
+                | {"accept_rates": step.accept_rates, "accept_length": step.accept_length}
+                for step in steps
+            ),
+        )
 
     def append_recovery(self, recovery: Recovery) -> None:
-        with self.recoveries.open("a") as file:
-            file.write(json.dumps(asdict(recovery)) + "\n")
+        json_lines.append(self.recoveries, [asdict(recovery)])
 
     def read_recoveries(self) -> list[Recovery]:
-        if not self.recoveries.is_file():
-            return []
-        return [Recovery(**json.loads(line)) for line in self.recoveries.read_text().splitlines()]
+        return [Recovery(**row) for row in json_lines.read(self.recoveries)]
 
     def append_snapshot(self, result: SnapshotResult) -> None:
-        with self.snapshot_results.open("a") as file:
-            file.write(result.model_dump_json() + "\n")
+        json_lines.append(self.snapshot_results, [result.model_dump(mode="json")])
 
     def read_snapshots(self) -> list[SnapshotResult]:
-        if not self.snapshot_results.is_file():
-            return []
-        lines = self.snapshot_results.read_text().splitlines()
-        return [SnapshotResult.model_validate_json(line) for line in lines]
+        return [
+            SnapshotResult.model_validate(row) for row in json_lines.read(self.snapshot_results)
+        ]
 
     def read_metrics(self) -> list[StepMetrics]:
-        if not self.metrics.is_file():
-            return []
-        rows = [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        rows = json_lines.read(self.metrics)
         for row in rows:
             del row["accept_rates"], row["accept_length"]
             row["chains"], row["matches"] = tuple(row["chains"]), tuple(row["matches"])

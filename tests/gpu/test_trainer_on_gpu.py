@@ -75,6 +75,15 @@ def test_one_checkpoint_follows_another(tmp_path, optimizer):
     assert all(torch.equal(after[name], before[name]) for name in before)
 
 
+def test_a_checkpoint_of_a_cpu_goes_on_on_a_gpu(tmp_path):
+    trainer = make_trainer(tmp_path, CPU, interval=1)
+    trainer.run((prepare(trainer, step, ONE_BATCH) for step in (1, 2)), RecordingControl())
+    again = make_trainer(tmp_path, GPU)
+    again.resume(tmp_path / "ckpt" / "step_000002")
+    before, after = weights_of(trainer), weights_of(again)
+    assert all(torch.equal(after[name].cpu(), before[name]) for name in before)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_starting_a_step_never_waits_for_the_device(tmp_path, optimizer):
     trainer = make_trainer(tmp_path, GPU, optimizer=optimizer)

@@ -21,6 +21,7 @@ from tests.training_cases import (
     weights_of,
 )
 from torchspec_lib.errors import CheckpointError
+from torchspec_lib.training import state
 from torchspec_lib.training.checkpoint import CheckpointFolder
 from torchspec_lib.training.checkpoint_files import latest, position
 from torchspec_lib.types import Accounts
@@ -109,6 +110,14 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one(two_ranks):
     for name, moment in moments_of(trainer).items():
         assert torch.equal(moment["step"], moments[name]["step"])
         torch.testing.assert_close(moment["exp_avg"], moments[name]["exp_avg"])
+
+
+def test_a_checkpoint_of_another_kind_of_device_goes_on(folder, monkeypatch):
+    states = {"cpu": torch.get_rng_state(), "cuda": torch.zeros(16, dtype=torch.uint8)}
+    monkeypatch.setattr(state, "_random_state", lambda: states)
+    resumed = make_trainer(folder)
+    resumed.resume(folder / "ckpt" / "step_000003")
+    assert [step.step for step in train(resumed, 4, ONE_BATCH)] == [4]
 
 
 def test_a_checkpoint_says_its_step_and_its_accounts(folder):

@@ -101,6 +101,12 @@ def test_too_many_rejections_end_the_run_and_say_why():
         run(engines=[engine], max_failed_fraction=0.2)
 
 
+def test_a_run_without_a_usable_prompt_ends_whatever_share_it_tolerates():
+    engine = FakeEngine(failing({f"p{i}" for i in range(10)}, fault="prompt"))
+    with pytest.raises(TooManyFailuresError, match=r"all 10 prompts were rejected: 10 x poison"):
+        run(engines=[engine], max_failed_fraction=1.0)
+
+
 def test_a_resumed_run_takes_the_steps_that_the_undisturbed_one_would_have_taken():
     _, whole, _, _, controller = run(num_prompts=20, num_epochs=2)
     accounts = asyncio.run(controller.accounts(4))

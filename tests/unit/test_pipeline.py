@@ -11,7 +11,7 @@ from torchspec_lib.errors import ConfigError, PlacementError
 from torchspec_lib.pipeline import preflight, provision
 from torchspec_lib.results import DatasetManifest
 from torchspec_lib.run_folder import RunFolder
-from torchspec_lib.types import StepMetrics
+from torchspec_lib.types import Recovery, StepMetrics
 
 TINY = PROJECT_ROOT / "examples" / "tiny_target"
 MANIFEST = DatasetManifest(
@@ -133,6 +133,7 @@ def test_a_fresh_run_forgets_results_and_keeps_reports(tmp_path):
     for path in (folder.checkpoints / "step_000001", folder.draft, folder.reports):
         path.mkdir(parents=True)
     folder.append_metrics([metrics(1)])
+    folder.append_recovery(Recovery("engine 0", "killed", 1.0))
     folder.summary.touch()
     folder.open(run_config(fresh=True))
     assert {path.name for path in folder.path.iterdir()} == {

@@ -144,7 +144,7 @@ class TrainingController:
     def _reject(self, position: int, failure: CaptureFailure) -> None:
         self._ledger.move(position, State.REJECTED, failure.reason)
         num_rejected, limit = self._ledger.count(State.REJECTED), self._schedule.max_failed_fraction
-        if num_rejected > limit * len(self._ledger):
+        if num_rejected > limit * len(self._ledger) or num_rejected == len(self._ledger):
             reasons = [f"{n} x {reason}" for reason, n in self._ledger.rejections().items()]
             self._error = TooManyFailuresError(num_rejected, len(self._ledger), limit, reasons[:5])
 

@@ -211,8 +211,9 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 def _remove_orphans(root: Path) -> None:
     """Remove what runs that were killed couldn't: folders whose owner isn't there any more."""
     for note in root.glob(f"{TEMP_PREFIX}*/{OWNER_FILE}"):
-        if not psutil.pid_exists(int(note.read_text())):
-            shutil.rmtree(note.parent, ignore_errors=True)  # another run may be faster
+        with suppress(FileNotFoundError, ValueError):  # another run was faster, or is just writing
+            if not psutil.pid_exists(int(note.read_text())):
+                shutil.rmtree(note.parent, ignore_errors=True)
 
 
 def _take_down(folder: Path) -> None:

@@ -129,8 +129,12 @@ class CheckpointFolder:
         meta = together(partial(self._read_own, path))[self._rank]
         tensor_files.verify(path, meta["files"])
         tensors = state.tensors()
-        if self._rank >= meta["world_size"]:
-            del tensors["random"]  # a rank that didn't exist then
+        kinds = tensors["random"][str(self._rank)]
+        if (
+            not {f"random.{self._rank}.{kind}" for kind in kinds}
+            <= tensor_files.shapes(path).keys()
+        ):
+            del tensors["random"]  # a rank that didn't exist then, or was on another device
         tensor_files.read(path, tensors)
         state.set_tensors(tensors)
         state.scheduler.load_state_dict(meta["scheduler"])

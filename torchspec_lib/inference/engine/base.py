@@ -37,5 +37,5 @@ class InferenceEngine(Protocol):
         ...
 
     def close(self) -> None:
-        """Free the device. Safe to call twice."""
+        """Free the device; the store is its owner's to close. The last call."""
         ...

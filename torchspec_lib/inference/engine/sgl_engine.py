@@ -256,8 +256,3 @@ class SglPart:
     def wait(self) -> None:
         """Return when one of its processes has ended: the whole engine is lost then."""
         wait([process.sentinel for process in multiprocessing.active_children()])
-
-    def close(self) -> None:
-        """End SGLang's processes. Safe to call twice."""
-        shut_down(self._engine)
-        self._connection.close()
