@@ -108,6 +108,7 @@ def test_a_prompt_that_breaks_the_forward_does_not_take_the_others_with_it(engin
     finally:
         handle.remove()
     assert isinstance(bad, CaptureFailure)
+    assert bad.reason == "the target's forward failed: RuntimeError"
     assert isinstance(good, SampleRef)
 
 

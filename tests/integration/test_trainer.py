@@ -22,8 +22,9 @@ from tests.training_cases import (
     train,
     weights_of,
 )
-from torchspec_lib.errors import UserError
+from torchspec_lib.errors import ConfigError, UserError
 from torchspec_lib.models.export import load_draft
+from torchspec_lib.training import eagle3_trainer
 from torchspec_lib.training.checkpoint import CheckpointFolder
 from torchspec_lib.training.checkpoint_files import checkpoint_path
 from torchspec_lib.training.fsdp import clip_gradients, parallelize
@@ -172,6 +173,17 @@ def test_gradients_that_are_not_finite_end_the_run_and_name_the_step(folder):
     prepared.batches[0].aux_states_TA[30, 0] = float("inf")
     with pytest.raises(UserError, match=r"step 5: .*nan.*training\.learning_rate"):
         trainer.train_step(prepared)()
+
+
+def test_a_step_that_does_not_fit_into_memory_names_the_setting(folder, monkeypatch):
+    trainer = make_trainer(folder)
+
+    def fail(*_):
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(eagle3_trainer, "supervise", fail)
+    with pytest.raises(ConfigError, match=r"micro_batch_tokens: step 5, .* 64 tokens .* 2\.00 GiB"):
+        trainer.train_step(prepare(trainer, 5, ONE_BATCH))
 
 
 def test_a_parameter_smaller_than_the_group_is_clipped_by_the_global_norm(folder, two_ranks):

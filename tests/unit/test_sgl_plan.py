@@ -184,6 +184,15 @@ def test_colocation_that_does_not_fit_is_refused_with_the_amounts(qwen3_8b):
         colocated_fraction(run, qwen3_8b, 65536, H200_BYTES, FREE_BYTES)
 
 
+def test_colocation_leaves_room_for_the_decoder_of_snapshots(qwen3_8b):
+    changes = {"training": {"micro_batch_tokens": 8192}}
+    gpu_bytes = 72 << 30
+    colocated_fraction(load(QWEN, **changes), qwen3_8b, 4096, gpu_bytes, FREE_BYTES)
+    with_snapshots = load(QWEN, **changes, snapshots={"interval_steps": 100, "num_prompts": 8})
+    with pytest.raises(ConfigError, match=r"17 for the decoder of snapshots.*interval_steps"):
+        colocated_fraction(with_snapshots, qwen3_8b, 4096, gpu_bytes, FREE_BYTES)
+
+
 def test_a_trainers_estimate_covers_what_a_plain_trainer_took_on_an_h200(qwen3_8b):
     """62.0 GB at 16,384 tokens, and 16.8 GB at 4,096, without checkpointing."""
     for num_tokens, measured in [(16384, 62.0e9), (4096, 16.8e9)]:

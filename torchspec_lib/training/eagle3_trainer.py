@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from torchspec_lib.config.run import RunConfig
-from torchspec_lib.errors import UserError
+from torchspec_lib.errors import ConfigError, UserError
 from torchspec_lib.models.batch import PackedBatch, empty_batch
 from torchspec_lib.models.draft_config import DraftModelConfig
 from torchspec_lib.models.eagle3 import Eagle3Draft
@@ -107,7 +107,21 @@ class Eagle3Trainer(Trainer):
 
         Returns:
             What gives its figures; it raises a UserError if the gradients aren't finite.
+
+        Raises:
+            ConfigError: It doesn't fit into the GPU's memory.
         """
+        try:
+            return self._start_step(prepared)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                "training.micro_batch_tokens",
+                f"step {prepared.step}, with up to {self._training.micro_batch_tokens} tokens at "
+                f"a time, ran out of GPU memory: {error}",
+                "Lower it, and data.max_length where that doesn't allow it; the global batch stays",
+            ) from error
+
+    def _start_step(self, prepared: PreparedStep) -> Measure:
         started_at = time.monotonic()
         supervisions, last = self._supervise(prepared.batches)
         counts = self._count(prepared, supervisions)

@@ -75,7 +75,8 @@ class HFEngine:
             raise EngineError("hf", f"the device failed: {error}") from error
         except RuntimeError as error:  # torch's own: out of memory, shapes that don't fit
             logger.warning("event=forward_failed sample=%s error=%s", request.key, error)
-            return CaptureFailure(request.key, "the target's forward failed", "engine")
+            reason = f"the target's forward failed: {type(error).__name__}"
+            return CaptureFailure(request.key, reason, "engine")
 
     def _states(self, prompt: Prompt) -> dict[str, torch.Tensor]:
         """What a sample holds; see ``SampleRef``."""

@@ -19,8 +19,8 @@ def colocated_fraction(
 ) -> float:
     """Share of a GPU's free memory for SGLang's weights and cache beside a trainer rank.
 
-    Its weights and its cache get what they need and no more; forwards, captured states and the
-    trainer take the rest.
+    Its weights and its cache get what they need and no more; forwards, captured states, the
+    trainer and a decoder of snapshots take the rest.
 
     Args:
         run: The run's configuration.
@@ -37,15 +37,18 @@ def colocated_fraction(
     )
     forward = _forward_bytes(run, target)
     trainer = trainer_bytes(run, target)
-    needed = static + forward + trainer + PROCESS_BYTES
+    decoder = 0.0 if run.snapshots.interval_steps is None else _SLACK * weight_bytes(target)
+    needed = static + forward + trainer + decoder + PROCESS_BYTES
     if needed > gpu_bytes:
         raise ConfigError(
             "cluster.placement",
             f"'colocate' needs {needed / GIB:.0f} GiB of a GPU with {gpu_bytes / GIB:.0f}: "
             f"{static / GIB:.0f} for SGLang's weights and cache, {forward / GIB:.0f} for its "
-            f"forwards, {trainer / GIB:.0f} for the trainer",
+            f"forwards, {trainer / GIB:.0f} for the trainer"
+            + (f", {decoder / GIB:.0f} for the decoder of snapshots" if decoder else ""),
             "Use 'separate', or lower training.micro_batch_tokens or "
-            "inference.sglang.prefill_tokens",
+            "inference.sglang.prefill_tokens"
+            + (", or leave out snapshots.interval_steps" if decoder else ""),
         )
     return static / free_bytes
 
