@@ -6,7 +6,7 @@ context manager, so that whatever fails or interrupts, all of it goes.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from torchspec_lib.attempt import RunInputs, Standing
 from torchspec_lib.config.run import RunConfig
+from torchspec_lib.controller.actors import START_TIMEOUT_S
 from torchspec_lib.inference.engine_actor import EngineActor, engine_options
 from torchspec_lib.inference.factory import EngineSpec
 from torchspec_lib.plan import ClusterPlan
@@ -80,13 +81,14 @@ def _bring_up(stack: ExitStack, inputs: RunInputs) -> TrainingRun:
     engines = _start_engines(stack, inputs, placement, address)
     if run.inference.engine == "sglang" and run.cluster.placement == "colocate":
         # It takes a share of what it finds free: the others come to what it has left.
-        get([engine.ping.remote() for engine in engines])
+        get([engine.ping.remote() for engine in engines], START_TIMEOUT_S, "an engine's start")
     decoder = _start_decoder(stack, inputs, placement)
     standing = Standing(engines, placement.training, address, store_actors, decoder)
     training = TrainingRun(inputs, standing)
     stack.callback(training.close)
     training.start()
-    get([actor.ping.remote() for actor in [*engines, *([] if decoder is None else [decoder])]])
+    starting = [*engines, *([] if decoder is None else [decoder])]
+    get([actor.ping.remote() for actor in starting], START_TIMEOUT_S, "an engine's start")
     _phase(f"everything is up after {time.monotonic() - start:.0f} s")
     return training
 
@@ -106,17 +108,17 @@ def _start_store(
     segment_bytes = plan.owned_bytes(len(nodes) if in_clients else plan.num_engines)
     patience = (run.recovery.max_restarts, run.recovery.hang_timeout_s)
     master = driver_actor(MooncakeMaster).remote(ray.util.get_node_ip_address(), *patience)
-    stack.callback(_end, master, "stop")
-    actors = [master]
+    stack.callback(_end, [master], "stop")
     endpoint = get(master.endpoint.remote())
+    client_actors: list[Any] = []
+    stack.callback(_end, client_actors, "stop")
     clients = {}
     if in_clients:
         for node_ip, node_id in nodes.items():
             client = driver_actor(MooncakeClient, node_id).remote(
                 node_ip, endpoint.rpc, segment_bytes, run.transfer, *patience
             )
-            actors.append(client)
-            stack.callback(_end, client, "stop")
+            client_actors.append(client)
             clients[node_ip] = get(client.address.remote())
             client.touch.remote(endpoint.metrics)  # beside what starts next; nobody waits for it
     address = StoreAddress(
@@ -130,7 +132,7 @@ def _start_store(
         segment_bytes=segment_bytes,
         max_sample_bytes=plan.sample_bytes,
     )
-    return address, actors
+    return address, [master, *client_actors]
 
 
 def _start_engines(
@@ -138,13 +140,13 @@ def _start_engines(
 ) -> list[Any]:
     """Engines on their way up; ``ping`` waits for one, or raises what kept it from starting."""
     engine_class: Any = ray.remote(EngineActor)
-    engines = []
+    engines: list[Any] = []
+    stack.callback(_end, engines, "exit")
     num_parts = inputs.run.inference.num_nodes_per_engine
     for rank, (slot, *others) in enumerate(placement.engines(num_parts)):
         spec = EngineSpec(inputs.run, inputs.target, rank, address)
         options = slot.options("inference") | engine_options(inputs.run)
         engine = engine_class.options(**options).remote(spec, others)
-        stack.callback(_end, engine, "exit")
         engines.append(engine)
     return engines
 
@@ -169,7 +171,10 @@ def _start_decoder(stack: ExitStack, inputs: RunInputs, placement: Placement) ->
     return decoder
 
 
-def _end(actor: Any, farewell: str) -> None:
-    """End an actor after its ``farewell`` method, or without it if it doesn't answer."""
-    ray.wait([getattr(actor, farewell).remote()], timeout=EXIT_TIMEOUT_S)
-    ray.kill(actor)
+def _end(actors: Sequence[Any], farewell: str) -> None:
+    """End actors after their ``farewell`` method, or without it those that don't answer."""
+    calls = [getattr(actor, farewell).remote() for actor in actors]
+    if calls:
+        ray.wait(calls, num_returns=len(calls), timeout=EXIT_TIMEOUT_S)
+    for actor in actors:
+        ray.kill(actor)

@@ -153,7 +153,8 @@ class RecoveryConfig(Settings):
     """Restarts of the same part in a row, without progress in between."""
     hang_timeout_s: PositiveFloat = 300.0
     """A part that gets nowhere for so long is ended and started again. Must be longer than any
-    step, and than an engine takes for ``inference.request_size`` prompts."""
+    step, than an engine takes for ``inference.request_size`` prompts, and than the storage takes
+    for a checkpoint."""
     grace_s: PositiveFloat = 25.0
     """For saving a checkpoint when the run is interrupted by SIGTERM or Ctrl-C."""
     on_damaged_checkpoint: Literal["fail", "use_older"] = "fail"
