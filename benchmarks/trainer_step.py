@@ -1,4 +1,4 @@
-"""How fast one optimizer step of an EAGLE-3 draft is: forward, backward, clipping, AdamW.
+"""How fast one optimizer step of an EAGLE-3 draft is: forward, backward, clipping, update.
 
 A table on the terminal, and the same as JSON. Without Ray, a store or a target's files: the
 target's two matrices and the captured states are random. ``--device cpu --tiny`` rehearses it in
@@ -31,12 +31,14 @@ from benchmarks.trainer_cases import (
     Model,
     needed_tflop,
 )
+from torchspec_lib.config.training import TrainingConfig
 from torchspec_lib.models.batch import PackedBatch, pack
 from torchspec_lib.models.draft_config import DraftModelConfig
 from torchspec_lib.models.eagle3 import Eagle3Draft
 from torchspec_lib.models.target_head import TargetHead
 from torchspec_lib.models.ttt import Eagle3Model, supervise
 from torchspec_lib.training.fsdp import Rendezvous, clip_gradients, init_process_group, parallelize
+from torchspec_lib.training.optimizer import build_optimizer
 
 DEPTH_DECAY, MAX_GRAD_NORM = 0.8, 0.5
 
@@ -53,7 +55,7 @@ class Result:
     peak_gb: float
     """Of the step, all that stays allocated included."""
     resident_gb: float
-    """Parameters, AdamW's state, and the target's two matrices."""
+    """Parameters, the optimizer's state, and the target's two matrices."""
     tflop: float
     """Of the matrix products that the step needs; none of them is counted twice."""
     share: float
@@ -124,7 +126,8 @@ def time_calls(
 class Step:
     """A draft, its optimizer, and a step over one batch, built as the trainer does."""
 
-    def __init__(self, case: Case, model: Model, device: torch.device, fsdp: bool) -> None:
+    def __init__(self, case: Case, model: Model, args: argparse.Namespace) -> None:
+        device: torch.device = args.device
         torch.manual_seed(0)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         config = DraftModelConfig(
@@ -154,20 +157,18 @@ class Step:
             draft = Eagle3Draft(config)
         draft.init_weights(self.head.draft_rows_VdH, torch.Generator(device).manual_seed(0))
         self.model: nn.Module = Eagle3Model(draft, TTT_STEPS)
-        if fsdp:
+        if args.fsdp:
             parallelize(self.model, device, dtype)
         else:
             self.model = Float32Masters(self.model, dtype)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-        )
+        self.optimizer = build_optimizer(self.model, TrainingConfig(optimizer=args.optimizer))
         self.batch = make_batch(case, model, self.head, dtype).to(device)
         depths_K = torch.arange(TTT_STEPS, device=device, dtype=torch.float64)
         self._depth_weights_K = DEPTH_DECAY**depths_K
         self.loss = torch.zeros(())
 
     def __call__(self) -> None:
-        """Supervision, forward, backward, clipping, AdamW."""
+        """Supervision, forward, backward, clipping, update."""
         supervised = supervise(self.batch, self.head, TTT_STEPS, "token")
         scale_K = self._depth_weights_K / supervised.weight_sums_K.clamp(min=1)
         loss, _ = self.model(self.batch, self.head, supervised, scale_K)
@@ -182,7 +183,7 @@ def run_case(case: Case, args: argparse.Namespace, ceiling: float) -> Result:
     """Build, warm up and time one case."""
     device, model = args.device, TINY if args.tiny else FULL
     on_gpu = device.type == "cuda"
-    step = Step(case, model, device, args.fsdp)
+    step = Step(case, model, args)
     started = time.perf_counter()
     step()
     step.loss.item()
@@ -218,6 +219,7 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda", 0))
     parser.add_argument("--tiny", action="store_true", help="small sizes, to rehearse")
     parser.add_argument("--fsdp", action="store_true", help="one FSDP2 rank, as the trainer runs")
+    parser.add_argument("--optimizer", choices=["adamw", "muon"], default="adamw")
     parser.add_argument("--cases", nargs="+", help="draft vocabulary:documents x length each")
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=10)
