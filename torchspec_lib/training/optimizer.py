@@ -6,24 +6,19 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import Parameter
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from torchspec_lib.config.training import TrainingConfig
+from torchspec_lib.training.muon import Muon
 
 
 class MuonWithAdamW(Optimizer):
-    """Muon for some parameters and AdamW for the others, as one optimizer.
-
-    Muon (Jordan et al. 2024) steps along the orthogonalised momentum, here scaled to AdamW's usual
-    step size (Liu et al. 2025, arXiv 2502.16982, equation 4): so one learning rate and one weight
-    decay hold for both.
-    """
+    """Muon for some parameters and AdamW for the others, as one optimizer."""
 
     def __init__(self, matrices: list[Parameter], others: list[Parameter], **settings: Any) -> None:
         """``settings`` are AdamW's; Muon takes ``lr`` and ``weight_decay`` of them."""
-        shared = {name: settings[name] for name in ("lr", "weight_decay")}
-        self._muon = Muon(matrices, adjust_lr_fn="match_rms_adamw", **shared)
+        self._muon = Muon(matrices, settings["lr"], settings["weight_decay"])
         self._adamw = AdamW(others, **settings)
         super().__init__(self._muon.param_groups + self._adamw.param_groups, {})
         self._share()
