@@ -38,6 +38,7 @@ def preflight(run: RunConfig, nodes: Sequence[Node] | None = None) -> TargetSpec
         ConfigError: A setting is impossible, with its full path and what to change.
         PlacementError: More GPUs are asked for than there are.
     """
+    _check_data_root(run.data_path)
     check_access(run.registry)
     target = read_target(run.model)
     aux_layer_ids(run.draft, target)
@@ -83,6 +84,15 @@ def provision(
     plan = make_plan(run, target, manifest.num_prompts - num_aside, manifest.longest)
     _check_room(plan, nodes)
     return plan
+
+
+def _check_data_root(root: Path) -> None:
+    there = next(path for path in (root, *root.parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError("data_root", f"{there} is a file", "Name a folder, or one to be made")
+    if not os.access(there, os.W_OK | os.X_OK):
+        problem = f"nothing can be written in {there}"
+        raise ConfigError("data_root", problem, "Name another folder, or change its permissions")
 
 
 def _check_sizes(run: RunConfig, target: TargetSpec) -> None:

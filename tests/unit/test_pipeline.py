@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 
@@ -85,6 +86,17 @@ def test_an_evaluation_by_sglang_is_refused_without_a_gpu():
 def test_a_larger_draft_vocabulary_than_the_targets_is_refused():
     with pytest.raises(ConfigError, match=r"draft\.vocab_size"):
         preflight(run_config(draft={"vocab_size": 1025}))
+
+
+def test_a_data_root_in_which_nothing_can_be_written_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    for root in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ConfigError, match=r"data_root: .*/file is a file"):
+            preflight(run_config(data_root=str(root)))
+    preflight(run_config(data_root=str(tmp_path / "new" / "folders")))
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may do everything
+    with pytest.raises(ConfigError, match=r"data_root: nothing can be written in"):
+        preflight(run_config(data_root=str(tmp_path / "new")))
 
 
 @pytest.mark.parametrize("mode", ["debug_train_only", "debug_inference_only"])
