@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchspec_lib.inference.engine.sgl_capture import run_detokenizer
 from torchspec_lib.inference.engine.sgl_cpu import choose_cpu
 from torchspec_lib.inference.engine.sgl_engine import SglEngine
+from torchspec_lib.inference.engine.sgl_processes import run_detokenizer
 from torchspec_lib.target import TargetSpec
 from torchspec_lib.transfer.memory import MemoryStore
 from torchspec_lib.transfer.mooncake.connect import connect

@@ -168,7 +168,11 @@ def test_whichever_part_is_lost_the_whole_engine_comes_back_and_the_run_goes_on(
         return any(file.stat().st_size for file in folders.glob("*/metrics.jsonl"))
 
     wait_for(has_stepped, "first step", 200)
-    (victim,) = [p for p in driver.processes() if p.info["cmdline"][0].startswith(title)]
+
+    def victims() -> list[psutil.Process]:
+        return [p for p in driver.processes() if p.info["cmdline"][0].startswith(title)]
+
+    (victim,) = wait_for(victims, title)
     os.kill(victim.pid, number)
     summary = driver.summary()
     assert (summary["num_trained"], summary["num_rejected"]) == (200, 0)

@@ -11,12 +11,15 @@ import pytest
 import torch
 
 from tests.candidates import make_candidate, make_run
+from tests.run_process import config as run_config
 from tests.unit.eagle3_reference import DRAFT_VOCAB, make_config, make_draft
 from torchspec_lib.config.settings import PROJECT_ROOT
+from torchspec_lib.errors import EngineError
 from torchspec_lib.evaluation.acceptance import ServedCounts
-from torchspec_lib.evaluation.served import accepted_counts
+from torchspec_lib.evaluation.served import accepted_counts, serve
 from torchspec_lib.models.export import save_draft
 from torchspec_lib.registry.model_card import model_card
+from torchspec_lib.target import read_target
 
 pytestmark = [
     pytest.mark.sglang,
@@ -79,3 +82,12 @@ def test_sglang_fills_every_parameter_of_its_class_from_an_export_and_uses_every
         "one layer": {"unfilled": shared, "unused": ["t2d"]},
         "five layers": {"unfilled": shared, "unused": ["t2d"]},
     }
+
+
+def test_an_evaluation_names_why_sglang_did_not_start(tmp_path):
+    run, draft = run_config(tmp_path), tmp_path / "short"
+    weights = make_draft(VARIANTS["pruned"], torch.float32, seed=0).state_dict()
+    save_draft(draft, weights, VARIANTS["pruned"], DRAFT_VOCAB)
+    target = read_target(run.model)
+    with pytest.raises(EngineError, match=r"didn't start: ValueError.*context_length \(128\)"):
+        next(serve(run, target, draft, [[1, 2, 3]]))

@@ -1,8 +1,8 @@
 """Capture inside SGLang's scheduler processes. SGLang itself is as its makers ship it.
 
-``run_scheduler`` and ``run_detokenizer`` are what the engine has SGLang start. A scheduler arms
-the target for auxiliary states, which SGLang does for its own drafts, and hooks the recorder
-into the target's ``LogitsProcessor``, which every forward passes. All ranks of tensor
+``run_scheduler`` is what the engine has SGLang start. A scheduler arms the target for auxiliary
+states, which SGLang does for its own drafts, and hooks the recorder into the target's
+``LogitsProcessor``, which every forward passes. All ranks of tensor
 parallelism hold the same states; the first one stores them, from a thread of its own: the loop
 that runs forwards never waits for the store.
 
@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import nn
 
 from torchspec_lib.errors import EngineError, StoreFullError, StoreUnavailableError
-from torchspec_lib.inference.engine import sgl_cpu
+from torchspec_lib.inference.engine.sgl_processes import Broken, run_scheduler_with
 from torchspec_lib.inference.engine.sgl_recorder import (
     BATCH_FIELDS,
     FORWARD_ARGUMENTS,
@@ -34,8 +34,6 @@ from torchspec_lib.inference.engine.sgl_recorder import (
 )
 from torchspec_lib.transfer.store import TensorStore
 from torchspec_lib.types import CaptureFailure, CaptureRequest, CaptureResult, SampleKey
-
-sgl_cpu.stand_in_where_chosen()  # a child imports this module before anything of SGLang's
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +46,6 @@ turns, and the loop that runs forwards is busy between them: with Python's 5 ms 
 
 Order = CaptureRequest | SampleKey
 """To store a request's sample, or to forget what was captured under a key."""
-
-
-@dataclass(frozen=True, slots=True)
-class Broken:
-    """A scheduler's last words."""
-
-    cause: str
 
 
 Answer = CaptureResult | Broken
@@ -72,45 +63,12 @@ class CaptureSettings:
 
 
 def run_scheduler(settings: CaptureSettings, *args: Any, **kwargs: Any) -> None:
-    """SGLang's scheduler process, with capture."""
-    import sglang.srt.managers.scheduler as scheduler_module
+    """SGLang's scheduler process, with capture: ready once its target is armed and hooked."""
 
-    class CaptureScheduler(scheduler_module.Scheduler):
-        """Ready once its target is armed and hooked."""
+    def prepare(scheduler: Any) -> None:
+        start_capture(scheduler, settings)
 
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            with _LastWords(settings.engine):
-                super().__init__(*args, **kwargs)
-                start_capture(self, settings)
-
-        def run_event_loop(self) -> None:
-            with _LastWords(settings.engine):
-                super().run_event_loop()
-
-    scheduler_module.Scheduler = CaptureScheduler
-    scheduler_module.run_scheduler_process(*args, **kwargs)
-
-
-class _LastWords:
-    """Tells the engine what ended this process; SGLang itself only logs it."""
-
-    def __init__(self, engine: Connection) -> None:
-        self._engine = engine
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _type: object, error: BaseException | None, _traceback: object) -> None:
-        if error is not None and not self._engine.closed:
-            cause = error.cause if isinstance(error, EngineError) else repr(error)
-            self._engine.send(Broken(cause))
-
-
-def run_detokenizer(*args: Any, **kwargs: Any) -> None:
-    """SGLang's detokenizer process, as it is."""
-    from sglang.srt.managers.detokenizer_manager import run_detokenizer_process
-
-    run_detokenizer_process(*args, **kwargs)
+    run_scheduler_with(settings.engine, prepare, *args, **kwargs)
 
 
 def start_capture(scheduler: Any, settings: CaptureSettings) -> None:

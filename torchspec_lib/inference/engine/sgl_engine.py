@@ -21,14 +21,10 @@ from torch import Tensor
 from torchspec_lib.errors import EngineError
 from torchspec_lib.inference.engine.base import SelfCheck
 from torchspec_lib.inference.engine.checks import problem_of
-from torchspec_lib.inference.engine.sgl_capture import (
-    Answer,
-    Broken,
-    CaptureSettings,
-    Order,
-)
+from torchspec_lib.inference.engine.sgl_capture import Answer, CaptureSettings, Order
 from torchspec_lib.inference.engine.sgl_check import check_capture
 from torchspec_lib.inference.engine.sgl_launch import check_version, launch, shut_down
+from torchspec_lib.inference.engine.sgl_processes import Broken
 from torchspec_lib.inference.engine.token_window import TokenWindow
 from torchspec_lib.target import TargetSpec
 from torchspec_lib.transfer.store import TensorStore

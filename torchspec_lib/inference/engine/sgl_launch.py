@@ -14,13 +14,13 @@ from types import FrameType
 from typing import Any
 
 from torchspec_lib.errors import ConfigError, DependencyError, EngineError
-from torchspec_lib.inference.engine.sgl_capture import (
-    Broken,
-    CaptureSettings,
-    run_detokenizer,
-    run_scheduler,
-)
+from torchspec_lib.inference.engine.sgl_capture import CaptureSettings, run_scheduler
 from torchspec_lib.inference.engine.sgl_cpu import choose_cpu
+from torchspec_lib.inference.engine.sgl_processes import (
+    Broken,
+    run_detokenizer,
+    run_plain_scheduler,
+)
 from torchspec_lib.ray.held_port import hold_port
 
 logger = logging.getLogger(__name__)
@@ -76,17 +76,13 @@ def launch_plain(arguments: Mapping[str, Any]) -> Any:
     check_version()
     if arguments["device"] == "cpu":
         choose_cpu(arguments["tp_size"])
-    engine = _start(run_plain_scheduler, arguments, lambda: None)
+    connection, theirs = multiprocessing.Pipe(duplex=False)
+    with connection, theirs:
+        last_words = partial(_last_words, connection)
+        engine = _start(partial(run_plain_scheduler, theirs), arguments, last_words)
     # Sent when a process of SGLang's is lost. From the first call on it ends us by itself.
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
     return engine
-
-
-def run_plain_scheduler(*args: Any, **kwargs: Any) -> None:
-    """SGLang's scheduler process, as it is. Where chosen, on the CPU: by this module's imports."""
-    from sglang.srt.managers.scheduler import run_scheduler_process
-
-    run_scheduler_process(*args, **kwargs)
 
 
 def _start(
