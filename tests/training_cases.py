@@ -35,6 +35,8 @@ from torchspec_lib.types import Accounts, SampleKey, StepMetrics, StepReport
 CPU = torch.device("cpu")
 HIDDEN, VOCAB, NUM_AUX = 16, 48, 3
 DRAFT_VOCAB = np.sort(np.random.default_rng(0).permutation(VOCAB)[:37]).astype(np.int64)
+OTHER_VOCAB = np.sort(np.random.default_rng(1).permutation(VOCAB)[:30]).astype(np.int64)
+HEAD = "draft.lm_head.weight"
 NUM_STEPS = 6
 SAMPLE_TOKENS = (9, 5, 14, 3, 22, 7)
 
