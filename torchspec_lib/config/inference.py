@@ -56,6 +56,7 @@ class InferenceConfig(Settings):
     inference_num_gpus: PositiveInt = 1
     """GPUs of all engines together, or with ``cluster.device: cpu`` as many cores."""
     inference_num_gpus_per_node: PositiveInt = 8
+    """GPUs of a node that engines may take."""
     request_size: PositiveInt = 4
     """Half the prompts that an engine has at a time, as far as their tokens fit its window."""
     max_attempts: PositiveInt = 3
@@ -113,6 +114,7 @@ class TransferConfig(Settings):
     """``client_process``: one process a node owns the memory, actors attach by shared memory.
     ``embedded``: every engine owns a segment, bytes cross processes over the network."""
     protocol: Literal["tcp", "rdma"] = "tcp"
+    """How bytes travel between nodes."""
     device_name: str = ""
     """RDMA devices, comma-separated. Required for ``rdma``."""
     segment_bytes: PositiveInt | None = None
@@ -134,6 +136,7 @@ class ClusterConfig(Settings):
     """Where the actors run. Which Ray cluster to join is RAY_ADDRESS's to say."""
 
     device: Literal["cuda", "cpu"] = "cuda"
+    """What engines and trainers compute on. With ``cpu``, a core stands for each GPU."""
     placement: Literal["separate", "colocate", "debug_train_only", "debug_inference_only"] = (
         "separate"
     )

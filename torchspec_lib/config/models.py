@@ -40,6 +40,7 @@ class ModelConfig(Settings):
     dtype: DType = "bfloat16"
     """What the target runs in, its states travel in and the draft is exported in."""
     trust_remote_code: bool = False
+    """Run the code that comes with the target."""
 
 
 class DataConfig(Settings):
@@ -56,7 +57,7 @@ class DataConfig(Settings):
     min_loss_tokens: PositiveInt = 4
     """Fewest supervised tokens of a conversation worth training on."""
     max_prompts: PositiveInt | None = None
-    """Train on the first so many usable conversations only."""
+    """Train on the first so many usable conversations only. All if left out."""
     last_turn_only: bool = False
     """Supervise only what follows the last user message: for reasoning models, whose templates
     drop the reasoning of earlier turns."""
@@ -78,10 +79,12 @@ class DraftConfig(Settings):
     """The draft's shape. What is left out follows the target."""
 
     aux_layer_ids: tuple[NonNegativeInt, ...] | None = None
-    """Target layers (output of layer L, from 0) that the draft reads, ascending."""
+    """Target layers (output of layer L, from 0) that the draft reads, ascending. 1,
+    N // 2 - 1 and N - 4 of N layers if left out."""
     vocab_size: PositiveInt | None = None
     """Draft vocabulary: the most frequent supervised tokens. All of the target's if left out."""
     intermediate_size: PositiveInt | None = None
+    """Width of the draft's MLP. The target's if left out."""
     ttt_steps: PositiveInt = 7
     """Depth of the training-time test."""
     fc_norm: bool = True

@@ -27,8 +27,9 @@ class EvaluationConfig(Settings):
     """Rows that a target forward verifies: one, and the proposed tokens (SGLang's
     ``speculative_num_draft_tokens``). ``draft_steps + 1`` for chains; trees need it."""
     max_new_tokens: PositiveInt = 128
+    """Of an answer."""
     max_prompts: PositiveInt | None = None
-    """Of the held-out prompts and of every set, the first so many."""
+    """Of the held-out prompts and of every set, the first so many. All if left out."""
     temperature: NonNegativeFloat = 0.0
     """0 is greedy. Above, plain and speculative decoding draw with the same random numbers, so
     that their answers can still be compared token by token."""
@@ -81,6 +82,7 @@ class RegistryConfig(Settings):
     """The gate, and where drafts are registered."""
 
     model_name: str = "eagle3-draft"
+    """What drafts for this target are versions of."""
     tracking_uri: str | None = None
     """An MLflow tracking URI. An SQLite file under ``data_root`` if left out."""
     min_accept_length: Annotated[float, Field(ge=1.0)] = 1.0

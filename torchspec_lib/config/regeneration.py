@@ -24,13 +24,15 @@ class RegenerationConfig(Settings):
     temperature: NonNegativeFloat = 0.0
     """0 is greedy."""
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Sample among the likeliest tokens that together are so probable; 1 is all."""
     top_k: NonNegativeInt = 0
     """Sample among so many likeliest tokens; 0 is all."""
     max_new_tokens: PositiveInt = 2048
     """Of an answer. One that is longer is cut off, and its conversation rejected."""
     seed: NonNegativeInt = 0
+    """Of what is drawn at a temperature above 0."""
     max_conversations: PositiveInt | None = None
-    """Answer the first so many only."""
+    """Answer the first so many only. All if left out."""
     batch_size: PositiveInt = 16
     """Prompts in a forward, for ``inference.engine: hf``."""
     shard_size: PositiveInt = 256

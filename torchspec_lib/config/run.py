@@ -50,6 +50,7 @@ class RunConfig(Settings):
     data_root: str = "torchspec-data"
     """Folder for data sets, runs and the registry; relative to where the command is given."""
     seed: NonNegativeInt = 0
+    """Of the draft's first weights, the order of the prompts, and all that is drawn."""
     fresh: bool = False
     """Start over instead of resuming this run's last checkpoint."""
 

@@ -22,9 +22,11 @@ class TrainingConfig(Settings):
     """What an optimizer step is, and how many there are."""
 
     training_num_nodes: PositiveInt = 1
+    """Nodes that hold trainers."""
     training_num_gpus_per_node: PositiveInt = 1
     """Trainer ranks per node; each has one GPU, or with ``cluster.device: cpu`` one core."""
     num_epochs: PositiveInt = 1
+    """Passes over the training prompts, each in an order of its own."""
     global_batch_size: PositiveInt = 16
     """Samples per optimizer step over all ranks."""
     micro_batch_tokens: PositiveInt = 16384
@@ -33,21 +35,26 @@ class TrainingConfig(Settings):
     """``muon``: Muon for the draft's inner matrices, AdamW for its head and norms. It gets further
     in as many steps; each costs more than AdamW's, which large global batches hide."""
     learning_rate: PositiveFloat = 1e-4
+    """The highest, which the warm-up leads to. The same for both optimizers."""
     min_learning_rate: NonNegativeFloat = 0.0
+    """Where the schedule leads to in the end."""
     lr_schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """``wsd``: warm-up, stable, decay."""
+    """What follows the warm-up: half a cosine, a line, nothing, or ``wsd`` (stable, then decay)."""
     warmup_ratio: Fraction = 0.015
     """Share of all steps in which the learning rate rises from zero."""
     decay_ratio: Fraction = 0.2
     """Share of all steps in which it falls at the end, in a line. For ``wsd``."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    """AdamW's."""
     weight_decay: NonNegativeFloat = 0.0
+    """Decoupled from the gradient, for both optimizers."""
     max_grad_norm: PositiveFloat = 0.5
+    """Norm of the whole gradient that it is clipped to."""
     loss: Annotated[dict[LossName, PositiveFloat], Field(min_length=1)] = Field(
         default_factory=lambda: FORWARD_KL
     )
     """Weights of what is summed: forward KL divergence, total variation, and the two LK losses
-    that aim at acceptance (arXiv 2602.23881)."""
+    that aim at acceptance (arXiv 2602.23881). Forward KL alone if left out."""
     loss_reduction: Literal["token", "sample"] = "token"
     """Whether every token or every sample weighs alike."""
     depth_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
