@@ -114,3 +114,7 @@ def wait_for(condition: Callable[[], Any], what: str, timeout_s: float = 120) ->
         assert time.monotonic() < deadline, f"no {what} after {timeout_s} s"
         time.sleep(0.1)
     return found
+
+
+def is_alive(pid: int) -> bool:
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE

@@ -3,7 +3,9 @@
 Standard library only. What is asked and answered stands in ``families.py``.
 """
 
-from collections.abc import Collection, Iterator
+import json
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
 from random import Random
 
 from examples.tiny_target.families import FAMILIES
@@ -39,6 +41,16 @@ def questions(chats: Collection[Conversation]) -> frozenset[str]:
         for message in chat["messages"]
         if message["role"] == "user"
     )
+
+
+def unanswered(chat: Conversation) -> Conversation:
+    """A conversation's questions alone."""
+    return {"messages": [message for message in chat["messages"] if message["role"] == "user"]}
+
+
+def write_jsonl(path: Path, chats: Iterable[Conversation]) -> None:
+    """One conversation a line."""
+    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
 
 
 def _distinct_exchanges(rng: Random, num_exchanges: int) -> dict[str, str]:

@@ -5,7 +5,6 @@ shipped. Legend of shapes: ``B`` conversations, ``T`` tokens, ``H`` hidden.
 """
 
 import argparse
-import json
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -35,6 +34,8 @@ from examples.tiny_target.corpus import (
     conversations,
     heldout_conversations,
     questions,
+    unanswered,
+    write_jsonl,
 )
 
 PAD, USER, ASSISTANT, END = "<|pad|>", "<|user|>", "<|assistant|>", "<|end|>"
@@ -232,16 +233,6 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Pa
         for file in Path(temporary).iterdir():
             file.chmod(0o644)  # safetensors writes for its owner alone
             file.replace(folder / file.name)
-
-
-def write_jsonl(path: Path, chats: Iterable[Conversation]) -> None:
-    """One conversation a line."""
-    path.write_text("".join(json.dumps(chat) + "\n" for chat in chats))
-
-
-def unanswered(chat: Conversation) -> Conversation:
-    """A conversation's questions alone."""
-    return {"messages": [message for message in chat["messages"] if message["role"] == "user"]}
 
 
 def main() -> None:

@@ -1,35 +1,19 @@
-"""What every store promises. One suite, run on each."""
+"""What every store promises about its samples. One suite, run on each."""
 
 import multiprocessing
-import secrets
 import threading
-import time
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 
 import pytest
 import torch
 
-from torchspec_lib.errors import SampleLostError, StoreFullError, StoreUnavailableError
-from torchspec_lib.transfer.memory import MemoryStore
+from tests.contract.stores import CPU, HOST, Subject, new_key, sample
+from torchspec_lib.errors import SampleLostError, StoreUnavailableError
 from torchspec_lib.transfer.mooncake.connect import connect
-from torchspec_lib.transfer.mooncake.processes import (
-    MasterProcess,
-    allocated_bytes,
-    evicted_keys,
-    start_client,
-    start_master,
-)
 from torchspec_lib.transfer.store import StoreAddress, TensorStore
 from torchspec_lib.types import SampleKey, SampleRef
 
-CPU = torch.device("cpu")
-HOST = "127.0.0.1"
-MIB = 1 << 20
-CAPACITY_BYTES = 32 * MIB
-PUT_TIMEOUT_S = 0.3
 DTYPES = [
     torch.bfloat16,
     torch.float16,
@@ -39,71 +23,6 @@ DTYPES = [
     torch.bool,
     torch.uint8,
 ]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A store under test, and how to attach to it once more."""
-
-    store: TensorStore
-    reconnect: Callable[[], TensorStore]
-    address: StoreAddress | None
-    """None if other processes can't reach it."""
-
-
-def _mooncake_address(mode: str, master: MasterProcess, clients: dict[str, str]) -> StoreAddress:
-    return StoreAddress(
-        run_id="run",
-        mode=mode,
-        protocol="tcp",
-        device_name="",
-        master=master.endpoint.rpc,
-        metrics=master.endpoint.metrics,
-        clients=clients,
-        segment_bytes=CAPACITY_BYTES,
-        max_sample_bytes=6 * MIB,
-    )
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        "memory",
-        pytest.param("client_process", marks=pytest.mark.mooncake),
-        pytest.param("embedded", marks=pytest.mark.mooncake),
-    ],
-)
-def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
-    if request.param == "memory":
-        yield Subject(
-            MemoryStore(CAPACITY_BYTES), lambda: MemoryStore(CAPACITY_BYTES), address=None
-        )
-        return
-    master = start_master(HOST)
-    processes, clients = [master.process], {}
-    if request.param == "client_process":
-        client = start_client(HOST, master.endpoint.rpc, CAPACITY_BYTES)
-        processes.append(client.process)
-        clients[HOST] = client.address
-    address = _mooncake_address(request.param, master, clients)
-    store = connect(address, HOST, owns_memory=True, put_timeout_s=PUT_TIMEOUT_S)
-    yield Subject(store, lambda: connect(address, HOST, owns_memory=False), address)
-    store.close()
-    for process in reversed(processes):
-        process.stop()
-
-
-@pytest.fixture
-def store(subject: Subject) -> TensorStore:
-    return subject.store
-
-
-def new_key() -> SampleKey:
-    return SampleKey.first("run", 0, secrets.token_hex(4))
-
-
-def sample(num_bytes: int, value: int = 0) -> dict[str, torch.Tensor]:
-    return {"x": torch.full((num_bytes // 4,), value, dtype=torch.int32)}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -225,15 +144,6 @@ def test_clearing_a_run_frees_all_its_samples_and_no_others(store: TensorStore):
     store.release([ref.key for ref in [*kept, again]])
 
 
-def test_a_cleared_run_gives_back_all_its_room(subject: Subject):
-    for _ in range(3):
-        for _ in range(5):
-            subject.store.put(new_key(), sample(4 * MIB))
-        subject.store.clear("run")
-    if subject.address is not None:
-        assert allocated_bytes(subject.address.metrics) == 0
-
-
 def test_a_key_is_never_put_twice(store: TensorStore):
     key = new_key()
     ref = store.put(key, sample(1000, value=1))
@@ -249,56 +159,6 @@ def test_tensors_of_different_lengths_are_refused_and_leave_nothing(store: Tenso
         store.put(key, {"a": torch.zeros(3), "b": torch.zeros(4)})
     ref = store.put(key, {"a": torch.zeros(3)})
     store.release([ref.key])
-
-
-def test_a_full_store_refuses_and_keeps_everything_it_has(subject: Subject):
-    store, refs = subject.store, []
-    with pytest.raises(StoreFullError, match="no room for run/"):  # noqa: PT012 - at some point
-        for i in range(100):
-            refs.append(store.put(new_key(), sample(2 * MIB, value=i)))
-    assert len(refs) >= 8
-    for i, ref in enumerate(refs):
-        assert (store.get(ref, CPU)["x"] == i).all()
-    if subject.address is not None:
-        assert evicted_keys(subject.address.metrics) == 0
-    store.release([ref.key for ref in refs[:2]])
-    again = store.put(new_key(), sample(2 * MIB, value=-1))
-    assert (store.get(again, CPU)["x"] == -1).all()
-    store.release([ref.key for ref in [*refs, again]])
-
-
-def test_a_put_into_a_store_that_others_fill_waits_for_room_as_long_as_told(subject: Subject):
-    if subject.address is None:
-        pytest.skip("memory is this process's own")
-    other = connect(subject.address, HOST, owns_memory=False, put_timeout_s=0.0)
-    foreign = []
-    with pytest.raises(StoreFullError):  # noqa: PT012 - at some point
-        while True:
-            foreign.append(other.put(SampleKey.first("other", 0, "p"), sample(4 * MIB)))
-    start = time.monotonic()
-    with pytest.raises(StoreFullError, match="no room for run/"):
-        subject.store.put(new_key(), sample(4 * MIB))
-    assert PUT_TIMEOUT_S <= time.monotonic() - start < PUT_TIMEOUT_S + 2
-    threading.Timer(PUT_TIMEOUT_S / 2, other.release, [[foreign[0].key]]).start()
-    ref = subject.store.put(new_key(), sample(4 * MIB, value=5))
-    assert (subject.store.get(ref, CPU)["x"] == 5).all()
-    subject.store.release([ref.key])
-    other.clear("other")
-    other.close()
-    assert allocated_bytes(subject.address.metrics) == 0
-
-
-def test_a_sample_larger_than_the_store_is_refused(store: TensorStore):
-    with pytest.raises(StoreFullError, match="no room"):
-        store.put(new_key(), sample(CAPACITY_BYTES + MIB))
-
-
-def test_released_samples_give_back_all_their_room(subject: Subject):
-    for _ in range(3):
-        refs = [subject.store.put(new_key(), sample(4 * MIB)) for _ in range(5)]
-        subject.store.release([ref.key for ref in refs])
-    if subject.address is not None:
-        assert allocated_bytes(subject.address.metrics) == 0
 
 
 def test_several_threads_put_get_and_release_at_once(store: TensorStore):

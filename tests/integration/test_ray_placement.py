@@ -1,23 +1,17 @@
 """Ray itself: sessions, placement and the trainer group, in one local instance."""
 
 import contextlib
-import json
 import os
 import signal
-import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
 
-import psutil
 import pytest
 import ray
 from ray.exceptions import ActorUnavailableError
 
-from torchspec_lib.config.settings import PROJECT_ROOT
+from tests.cluster_plans import make_plan
+from tests.run_process import is_alive
 from torchspec_lib.errors import CheckpointError, EngineError, PlacementError, WorkerLostError
-from torchspec_lib.plan import Bundle, ClusterPlan
 from torchspec_lib.ray.cluster import ray_session
 from torchspec_lib.ray.part_group import PartGroup
 from torchspec_lib.ray.placement_group import create_placement_groups
@@ -28,36 +22,6 @@ pytestmark = pytest.mark.ray
 
 NUM_GPUS = 4
 """Pretended: placement only counts them."""
-
-
-def make_plan(placement="separate", num_trainers=1, num_engines=1, gpus=0, engine_gpus=0):
-    trainer = Bundle(roles=("training",), num_cpus=1, num_gpus=gpus)
-    engine = Bundle(roles=("inference",), num_cpus=1, num_gpus=engine_gpus or gpus)
-    if placement == "colocate":
-        trainer = Bundle(roles=("training", "inference"), num_cpus=2, num_gpus=gpus)
-    has_trainers, has_engines = (
-        placement != "debug_inference_only",
-        placement
-        in (
-            "separate",
-            "debug_inference_only",
-        ),
-    )
-    return ClusterPlan(
-        device="cpu",
-        placement=placement,
-        training_bundles=(trainer,) * num_trainers if has_trainers else (),
-        inference_bundles=(engine,) * num_engines if has_engines else (),
-        training_num_nodes=1,
-        inference_num_nodes=1,
-        num_engines=num_engines,
-        num_steps=1,
-        bytes_per_token=1,
-        sample_bytes=1,
-        max_in_flight_bytes=1,
-        segment_bytes=1,
-        weight_bytes=1,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -86,10 +50,6 @@ def place(session):
 def living_groups():
     rows = ray.util.placement_group_table().values()
     return [row["name"] for row in rows if row["state"] != "REMOVED"]
-
-
-def is_alive(pid):
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def are_gone(pids, within_s):
@@ -316,54 +276,3 @@ def test_a_ray_that_is_there_already_is_reused_and_left_alone(session):
     with ray_session(make_plan()) as inner:
         assert inner.origin == "reused"
     assert ray.is_initialized()
-
-
-INTERRUPTED_RUN = """
-import json, os, sys, time
-import psutil, ray
-from pathlib import Path
-sys.path.insert(0, {root!r})
-from tests.integration.test_ray_placement import Where, make_plan
-from torchspec_lib.ray.cluster import ray_session
-from torchspec_lib.ray.placement_group import create_placement_groups
-
-class Child:
-    def start(self):
-        import subprocess, torchspec_lib
-        return subprocess.Popen(["sleep", "300"]).pid, torchspec_lib.__file__
-
-with ray_session(make_plan()) as session:
-    placement = create_placement_groups(make_plan(), 30)
-    slot = placement.training[0]
-    actor = ray.remote(Child).options(**slot.options("training")).remote()
-    child, package = ray.get(actor.start.remote())
-    pids = [p.pid for p in psutil.Process().children(recursive=True)]
-    up = dict(pids=pids, child=child, package=package, origin=session.origin)
-    print(json.dumps(up), flush=True)
-    time.sleep(120)
-"""
-
-
-def test_an_interrupted_run_from_another_folder_leaves_nothing(tmp_path):
-    home = tmp_path / "home"
-    home.mkdir()
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "PYTHONPATH"))}
-    environ |= {"HOME": str(home), "RAY_ADDRESS": "local"}
-    with tempfile.TemporaryDirectory(dir="/tmp") as temp:
-        run = subprocess.Popen(
-            [sys.executable, "-c", INTERRUPTED_RUN.format(root=str(PROJECT_ROOT))],
-            cwd=tmp_path,
-            env=environ | {"TMPDIR": temp},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        up = json.loads(run.stdout.readline())
-        assert up["origin"] == "started"
-        assert Path(up["package"]).is_relative_to(PROJECT_ROOT)
-        assert up["child"] in up["pids"]
-        assert len(list(Path(temp).iterdir())) == 1
-        run.send_signal(signal.SIGINT)
-        run.communicate(timeout=60)
-        assert [pid for pid in up["pids"] if is_alive(pid)] == []
-        assert list(Path(temp).iterdir()) == []
-    assert list(home.iterdir()) == []

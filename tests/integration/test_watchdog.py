@@ -8,7 +8,7 @@ import time
 import pytest
 import ray
 
-from tests.integration.test_ray_placement import make_plan
+from tests.cluster_plans import make_plan
 from torchspec_lib.errors import HungError, WorkerLostError
 from torchspec_lib.ray.cluster import ray_session
 from torchspec_lib.ray.failures import get

@@ -11,13 +11,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
 from examples.tiny_target import corpus, families
-from examples.tiny_target.make_target import (
-    batches,
-    build_model,
-    rescale_residual,
-    unanswered,
-    write_jsonl,
-)
+from examples.tiny_target.make_target import batches, build_model, rescale_residual
 from examples.tiny_target.measure_target import greedy_answers
 
 FOLDER = Path(corpus.__file__).parent
@@ -85,9 +79,9 @@ def test_shipped_prompts_are_those_that_the_corpus_generates(tmp_path):
     heldout = corpus.heldout_conversations()
     train = corpus.conversations(corpus.TRAIN_SEED, corpus.questions(heldout))
     shipped = list(islice(train, corpus.NUM_TRAIN))
-    write_jsonl(tmp_path / "train.jsonl", shipped)
-    write_jsonl(tmp_path / "questions.jsonl", map(unanswered, shipped))
-    write_jsonl(tmp_path / "heldout.jsonl", heldout)
+    corpus.write_jsonl(tmp_path / "train.jsonl", shipped)
+    corpus.write_jsonl(tmp_path / "questions.jsonl", map(corpus.unanswered, shipped))
+    corpus.write_jsonl(tmp_path / "heldout.jsonl", heldout)
     for name in ("train.jsonl", "questions.jsonl", "heldout.jsonl"):
         assert (tmp_path / name).read_text() == (FOLDER / name).read_text()
 

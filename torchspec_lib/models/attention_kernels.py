@@ -1,9 +1,8 @@
 """Triton kernels of the training-time test's attention, forward and backward; deterministic.
 
 Causal flash attention (Dao, arXiv 2307.08691) of the chains over the depth-0 keys of their
-document, in one softmax with each chain's own keys of the later depths. Nothing is quadratic in
-memory. The forward leaves the logarithm of each softmax's denominator; since it covers both kinds
-of keys, the backward of either needs nothing of the other.
+document, in one softmax with each chain's own keys of the later depths; linear in memory. The
+forward leaves each softmax's denominator, of both kinds of keys: neither backward needs the other.
 
 Shapes: ``C`` chains in the order of their positions, ``T`` tokens, ``N`` query and ``G`` key-value
 heads, ``D`` head size, ``K`` later depths. Scores are in base 2: ``log2(e) * scale * q.k``.
@@ -180,7 +179,6 @@ def _dq_keys(
     STRIDE: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BN: tl.constexpr,
     MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # Few blocks are masked, and loading ahead for them too would leave no registers.
     for first in tl.range(low, high, BN, num_stages=1 if MASKED else None):
         keys = first + tl.arange(0, BN)
         rows = tl.minimum(keys, num_keys - 1) if MASKED else keys

@@ -11,55 +11,27 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
-from tests.run_process import TINY, config, wait_for
-from torchspec_lib.config.regeneration import RegenerationConfig
+from tests.integration.regeneration.cases import run_of, target
+from tests.run_process import wait_for
 from torchspec_lib.config.run import RunConfig
 from torchspec_lib.config.settings import PROJECT_ROOT
-from torchspec_lib.data.chat import ChatTokenizer
 from torchspec_lib.data.conversations import Conversation
 from torchspec_lib.data.dataset import load_heldout, load_prompts, prepare_dataset
-from torchspec_lib.data.messages import Message
 from torchspec_lib.data.regenerated import RegeneratedFolder
 from torchspec_lib.data.sources import Sources
 from torchspec_lib.errors import ConfigError, DataError, WorkerLostError
-from torchspec_lib.evaluation.speculative import decode_plain
-from torchspec_lib.evaluation.verification import TargetChoice
-from torchspec_lib.models.target_model import load_target
-from torchspec_lib.regeneration.generator import Generated, GenerationRequest
-from torchspec_lib.regeneration.hf_generator import HFBatch, HFGenerator
+from torchspec_lib.regeneration.hf_generator import HFGenerator
 from torchspec_lib.regeneration.regenerate import regenerate
 from torchspec_lib.regeneration.shard import Shard, answer_shard
-from torchspec_lib.target import TargetSpec, read_target
 
-QUESTIONS = TINY / "questions.jsonl"
 DRAWN = {"temperature": 1.0, "shard_size": 4, "batch_size": 4}
-
-
-def run_of(tmp_path: Path, num: int = 24, engine: str = "hf", **regeneration) -> RunConfig:
-    run = config(
-        tmp_path / "data",
-        data={
-            "train": [str(QUESTIONS)],
-            "heldout": [str(TINY / "heldout.jsonl")],
-            "max_length": 512,
-        },
-        inference={"engine": engine},
-    )
-    settings = {"enabled": True, "max_conversations": num, "shard_size": 8, "max_new_tokens": 160}
-    values = RegenerationConfig.model_validate(settings | regeneration)
-    return run.model_copy(update={"regeneration": values})
 
 
 def folder_of(run: RunConfig) -> RegeneratedFolder:
     folder = Sources.open(run.data).answers(run, target())
     assert folder is not None
     return folder
-
-
-def target() -> TargetSpec:
-    return read_target(config(Path("data")).model)
 
 
 def start(run: RunConfig, tmp_path: Path) -> subprocess.Popen:
@@ -73,147 +45,6 @@ def start(run: RunConfig, tmp_path: Path) -> subprocess.Popen:
 
 def shards(folder: RegeneratedFolder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (folder.path / "shards").glob("*.jsonl")}
-
-
-@pytest.fixture(scope="module")
-def model() -> torch.nn.Module:
-    return load_target(target(), "float32", torch.device("cpu"), trust_remote_code=False)
-
-
-@pytest.fixture(scope="module")
-def chat() -> ChatTokenizer:
-    return ChatTokenizer.load(str(TINY))
-
-
-def requests(chat: ChatTokenizer, count: int, max_new_tokens: int = 160) -> list[GenerationRequest]:
-    rows = [json.loads(line) for line in QUESTIONS.read_text().splitlines()]
-    texts = [row["messages"][0]["content"] for row in rows][:count]
-    return [
-        GenerationRequest(
-            chat.prompt_ids([Message("user", text)], "here").tolist(), max_new_tokens, seed=i
-        )
-        for i, text in enumerate(texts)
-    ]
-
-
-def test_a_batch_gives_what_decoding_one_by_one_gives(model, chat):
-    eos = target().eos_token_ids
-    asked = requests(chat, 6)
-    settings = RegenerationConfig(batch_size=4)
-    answers = HFGenerator(model, settings, eos).generate(asked)
-    alone = [decode_plain(model, one.token_ids, TargetChoice(0.0, 160), eos) for one in asked]
-    assert [answer.token_ids for answer in answers] == alone
-    assert all(answer.is_finished for answer in answers)
-
-
-def test_padding_changes_nothing_but_rounding(model, chat):
-    prompts = [one.token_ids for one in requests(chat, 12)]
-    assert len({len(prompt) for prompt in prompts}) > 5
-    with torch.inference_mode():
-        together = HFBatch(model, prompts)
-        first = together.logits()
-        together.extend([0, 3, 7], [5, 6, 7])
-        second = together.logits()
-        alone = [model(torch.tensor([prompt])).logits[0, -1] for prompt in prompts]
-        behind = [
-            model(torch.tensor([[*prompts[i], new]])).logits[0, -1]
-            for i, new in ((0, 5), (3, 6), (7, 7))
-        ]
-    assert torch.allclose(first, torch.stack(alone), atol=1e-4)
-    assert torch.allclose(second, torch.stack(behind), atol=1e-4)
-
-
-def test_drawn_answers_depend_on_their_own_seed_and_not_on_their_batch(model, chat):
-    eos = target().eos_token_ids
-    asked = requests(chat, 12, max_new_tokens=30)
-    settings = RegenerationConfig(temperature=1.5, batch_size=5)
-    answers = HFGenerator(model, settings, eos).generate(asked)
-    apart = RegenerationConfig(temperature=1.5, batch_size=1)
-    assert HFGenerator(model, apart, eos).generate(asked[::-1])[::-1] == answers
-    others = [GenerationRequest(r.token_ids, r.max_new_tokens, r.seed + 100) for r in asked]
-    assert HFGenerator(model, settings, eos).generate(others) != answers
-
-
-def test_an_answer_that_is_cut_off_is_told_from_one_that_ends(model, chat):
-    answers = HFGenerator(model, RegenerationConfig(), target().eos_token_ids).generate(
-        requests(chat, 12, max_new_tokens=40)
-    )
-    assert {answer.is_finished for answer in answers} == {True, False}
-    assert all((answer.token_ids[-1] == 3) == answer.is_finished for answer in answers)
-    assert max(len(answer.token_ids) for answer in answers) == 40
-
-
-class Scripted:
-    """Answers what it is told to."""
-
-    def __init__(self, chat: ChatTokenizer, texts: list[str]) -> None:
-        self._chat, self._texts = chat, texts
-        self.asked: list[GenerationRequest] = []
-
-    def generate(self, asked: list[GenerationRequest]) -> list[Generated]:
-        self.asked += asked
-        texts = [self._texts.pop(0) for _ in asked]
-        ids = [self._chat.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
-        return [
-            Generated(one, text.endswith("<|end|>")) for one, text in zip(ids, texts, strict=True)
-        ]
-
-    def close(self) -> None:
-        pass
-
-
-def talk(number: int, *questions: str) -> Conversation:
-    messages = tuple(Message("user", question) for question in questions)
-    return Conversation(f"q.jsonl:{number}", messages, None)
-
-
-def test_answers_that_are_of_no_use_are_counted_by_their_reason_with_examples(chat, tmp_path):
-    conversations = (
-        talk(1, "One?", "Two?"),
-        talk(2, "Cut?"),
-        talk(3, "Empty?"),
-        talk(4, "w " * 600),
-        talk(5, "Fine?"),
-        talk(6, "Bad in the end?", "Now?"),
-        Conversation("q.jsonl:7", (Message("assistant", "Nobody asked."),), None),
-        Conversation("q.jsonl:8", (Message("system", "S."), Message("user", "Refused?")), None),
-        talk(9, " "),
-    )
-    first_round = ["A.<|end|>", "B and so on", "<|end|>", "C.<|end|>", "D.<|end|>"]
-    generator = Scripted(chat, [*first_round, "E.<|end|>", "F"])
-    run = run_of(tmp_path, max_new_tokens=50)
-    report, rows = answer_shard(Shard(3, conversations), run, chat, generator)
-    assert report.rejected == {
-        "answer_too_long": 2,
-        "asks_nothing": 1,
-        "empty_answer": 1,
-        "empty_message": 1,
-        "prompt_too_long": 1,
-        "unfit_for_template": 1,
-    }
-    assert [(e.where, e.reason) for e in report.examples] == [
-        ("q.jsonl:7", "asks_nothing"),
-        ("q.jsonl:4", "prompt_too_long"),
-        ("q.jsonl:8", "unfit_for_template"),
-        ("q.jsonl:9", "empty_message"),
-        ("q.jsonl:2", "answer_too_long"),
-        ("q.jsonl:3", "empty_answer"),
-        ("q.jsonl:6", "answer_too_long"),
-    ]
-    assert "knows user and assistant turns only" in report.examples[2].text
-    assert (report.num_conversations, report.num_answered) == (9, 2)
-    assert [row["id"] for row in rows] == ["q.jsonl:1", "q.jsonl:5"]
-    assert [m["content"] for m in rows[0]["messages"]] == ["One?", "A.", "Two?", "E."]
-    assert {request.max_new_tokens for request in generator.asked} == {50}
-    assert len({request.seed for request in generator.asked}) == len(generator.asked)
-
-
-def test_no_answer_outgrows_the_longest_conversation(chat, tmp_path):
-    generator = Scripted(chat, ["A.<|end|>"])
-    question = talk(1, "How many? " * 150)
-    answer_shard(Shard(0, (question,)), run_of(tmp_path), chat, generator)
-    (request,) = generator.asked
-    assert len(request.token_ids) + request.max_new_tokens == 512
 
 
 def questions(run: RunConfig) -> list[Conversation]:
