@@ -13,7 +13,8 @@ from tasks.outputs import CheckedRun
 from tasks.report_page import facts, note, page, section
 from tasks.resources import CPU_IMAGE, HUB_TOKEN, POD_TEMPLATE, RETRIES, SHORT, TINY, cluster_nodes
 from tasks.run_input import RunInput
-from tasks.stage import stage
+from tasks.stage import is_local, stage
+from torchspec_lib.errors import ConfigError
 from torchspec_lib.target import TargetSpec
 
 
@@ -39,8 +40,10 @@ def check_run(run: RunInput) -> CheckedRun:
         target = pipeline.preflight(run, cluster_nodes())
 
         from torchspec_lib.data.sources import Sources
-        from torchspec_lib.evaluation.prompt_sets import set_digests
+        from torchspec_lib.evaluation.prompt_sets import check_sets, set_digests
 
+        _check_evaluation_pod(run)
+        check_sets(run)
         sources = Sources.open(run.data)
         dataset_id = sources.dataset_id(run, target)
         dataset = run.data_path / "datasets" / dataset_id
@@ -64,6 +67,17 @@ def check_run(run: RunInput) -> CheckedRun:
             data_key=f"{dataset_id} {_generation(dataset)} {target.fingerprint} {target.path}",
             answers_key="" if answers is None else f"{answers.path} {_generation(answers.path)}",
             evaluation_key=hashlib.sha256(text.encode()).hexdigest()[:16],
+        )
+
+
+def _check_evaluation_pod(run: RunInput) -> None:
+    num_gpus = run.inference.sglang.tp_size or 1
+    if run.evaluation.engine == "sglang" and num_gpus > 1 and not is_local():
+        raise ConfigError(
+            "evaluation.engine",
+            f"'sglang' would run on {num_gpus} GPUs (inference.sglang.tp_size), and the pod of an "
+            "evaluation has one",
+            "Set it to hf, or lower inference.sglang.tp_size",
         )
 
 

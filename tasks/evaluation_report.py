@@ -256,7 +256,7 @@ def _accepted_spans(prompt: PromptResult, tokenizer: Any) -> list[tuple[str, boo
     for an end-of-turn token that isn't shown, the marks would be off.
     """
     text = prompt.output_text
-    if not prompt.in_order:
+    if not (prompt.in_order and tokenizer.is_fast):  # a slow one knows no offsets
         return [(text, False)]
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     cuts = [begin for begin, _ in offsets["offset_mapping"]]

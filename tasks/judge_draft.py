@@ -1,6 +1,5 @@
 """Task: a draft and its evaluation -> whether it is registered, beside the champion's figures."""
 
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,6 +20,7 @@ from torchspec_lib.results import EvalReport
 
 if TYPE_CHECKING:
     from torchspec_lib.registry.candidate import Candidate
+    from torchspec_lib.registry.mlflow_store import DraftVersion
 
 
 class Judged(NamedTuple):
@@ -52,15 +52,17 @@ def judge_draft(
     conditions.
     """
     with stage("judge_draft"):
-        from torchspec_lib.registry.registry import judge
+        from torchspec_lib.registry.registry import judge, other_champion
 
         report = evaluation.report
-        champion = _champion_report(run, data, Path(draft.draft.download()), report)
-        gate = judge(run, candidate_of(data, provisioned, draft, evaluation, champion))
+        best = other_champion(run, data.target, Path(draft.draft.download()))
+        champion = None if best is None else _champion_report(run, data, best, report)
+        content = None if best is None else best.content
+        verdict = Verdict(reason="", champion_report=champion, champion_content=content)
+        gate = judge(run, candidate_of(data, provisioned, draft, evaluation, verdict))
         tell(gate.reason)
         _publish(run, data, report, champion)
-        verdict = Verdict(reason=gate.reason, champion_report=champion)
-        return Judged(verdict, gate.passed)
+        return Judged(verdict.model_copy(update={"reason": gate.reason}), gate.passed)
 
 
 def candidate_of(
@@ -68,7 +70,7 @@ def candidate_of(
     provisioned: ProvisionedCluster,
     draft: TrainedDraft,
     evaluation: Evaluation,
-    champion_report: EvalReport | None,
+    verdict: Verdict,
 ) -> "Candidate":
     """All that the registry wants to know of a draft."""
     from torchspec_lib.cost import bill
@@ -84,7 +86,8 @@ def candidate_of(
         step_metrics=Path(draft.metrics.download()),
         stage_s=stage_s,
         cost=bill(provisioned.plan, draft.summary, stage_s),
-        champion_report=champion_report,
+        champion_report=verdict.champion_report,
+        champion_content=verdict.champion_content,
     )
 
 
@@ -103,19 +106,16 @@ def _publish(
 
 
 def _champion_report(
-    run: RunInput, data: PreparedData, draft_dir: Path, report: EvalReport
-) -> EvalReport | None:
+    run: RunInput, data: PreparedData, best: "DraftVersion", report: EvalReport
+) -> EvalReport:
     """The champion's evaluation under the draft's conditions, from the registry or made here."""
-    from torchspec_lib.registry.registry import champion_evaluation, champion_to_evaluate
+    from torchspec_lib.registry.registry import champion_evaluation, champion_files
 
-    known = champion_evaluation(run, data.target, draft_dir, report)
+    known = champion_evaluation(run, best, report)
     if known is not None:
         return known
-    with tempfile.TemporaryDirectory(prefix="champion-") as folder:
-        best = champion_to_evaluate(run, data.target, draft_dir, report, Path(folder))
-        if best is None:
-            return None
-        from torchspec_lib.evaluation.evaluate import evaluate_draft
+    from torchspec_lib.evaluation.evaluate import evaluate_draft
 
-        tell("measuring the champion too: its figures stem from other conditions")
-        return evaluate_draft(run, data.target, best, data.shared_folder(run))
+    tell("measuring the champion too: its figures stem from other conditions")
+    draft_dir = champion_files(run, best)
+    return evaluate_draft(run, data.target, draft_dir, data.shared_folder(run))

@@ -84,6 +84,8 @@ class Verdict(Settings):
     reason: str
     champion_report: EvalReport | None
     """Under the same conditions; None without a champion, or where this draft is it."""
+    champion_content: str | None
+    """Which draft that is."""
 
 
 def stage_times(

@@ -6,7 +6,7 @@ from tasks.judge_draft import candidate_of
 from tasks.outputs import Evaluation, PreparedData, ProvisionedCluster, TrainedDraft, Verdict
 from tasks.resources import CPU_IMAGE, HUB_TOKEN, POD_TEMPLATE, RETRIES, SHORT, TINY
 from tasks.run_input import RunInput
-from tasks.stage import stage
+from tasks.stage import is_local, stage
 from torchspec_lib.results import RegisteredDraft
 
 
@@ -70,11 +70,12 @@ def _conclude(
     from tasks import reports
     from torchspec_lib.registry.registry import register_draft
 
-    candidate = candidate_of(data, provisioned, draft, evaluation, verdict.champion_report)
+    candidate = candidate_of(data, provisioned, draft, evaluation, verdict)
     outcome = register_draft(run, candidate)
     folder = data.run_folder(run)
-    report = f"{'report':<15}{folder.reports / 'registration.html'}"
-    outcome = outcome.model_copy(update={"summary": f"{outcome.summary}\n{report}"})
+    if is_local():
+        report = f"{'report':<15}{folder.reports / 'registration.html'}"
+        outcome = outcome.model_copy(update={"summary": f"{outcome.summary}\n{report}"})
     page = reports.registration_report(outcome, candidate, run)
     reports.publish("registration", page, folder)
     return outcome

@@ -58,7 +58,13 @@ def _explain(details: Mapping[str, Any]) -> str:
 
 def _suggest(location: Sequence[str | int]) -> str:
     *parents, unknown = (str(name) for name in location)
-    names = list(_SECTIONS[parents[0]].model_fields if parents else RunConfig.model_fields)
+    section: type[BaseModel] = RunConfig
+    for parent in parents:
+        inner = section.model_fields[parent].annotation
+        assert isinstance(inner, type), f"{parent} is no section"
+        assert issubclass(inner, BaseModel), f"{parent} is no section"
+        section = inner
+    names = list(section.model_fields)
     close = difflib.get_close_matches(unknown, names, n=1)
     return f"Did you mean {close[0]}?" if close else f"There are: {', '.join(names)}"
 

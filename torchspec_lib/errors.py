@@ -143,6 +143,10 @@ class GivenUpError(RecoverableError):
         )
 
 
+class RegistryError(TorchSpecError):
+    """Something else was registered meanwhile than a draft was compared with."""
+
+
 class LedgerError(TorchSpecError):
     """The accounts don't add up: a prompt was lost or counted twice."""
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from torchspec_lib.config.run import RunConfig
 from torchspec_lib.config.settings import find_path
 from torchspec_lib.data.conversations import READERS
+from torchspec_lib.errors import ConfigError
 from torchspec_lib.registry import registry
 from torchspec_lib.target import read_target
 
-_DATASET_ID = re.compile(r"[\w-]+(/[\w-]+)?")
+_DATASET_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 """Of Hugging Face: a relative path of at most two parts, where there is no such folder."""
 
 logger = logging.getLogger(__name__)
@@ -73,9 +74,14 @@ def plan_night(run: RunConfig, kickoff: datetime) -> Night:
 
 def _arrived(source: str, key: str, since: datetime | None, until: datetime) -> list[str] | None:
     """The new files of a folder, by name; None for what isn't one."""
-    if Path(source).suffix or (_DATASET_ID.fullmatch(source) and not Path(source).is_dir()):
+    if Path(source).suffix in READERS:
         return None
-    folder = find_path(source, key)
+    try:
+        folder = find_path(source, key)
+    except ConfigError:
+        if _DATASET_ID.fullmatch(source):
+            return None
+        raise
     files = sorted(path for path in folder.rglob("*") if path.suffix in READERS)
     return [str(path) for path in files if _is_new(_written(path), since, until)]
 

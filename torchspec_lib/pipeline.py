@@ -12,6 +12,7 @@ import psutil
 
 from torchspec_lib.config.run import RunConfig
 from torchspec_lib.config.settings import find_path
+from torchspec_lib.data.conversations import READERS
 from torchspec_lib.errors import ConfigError
 from torchspec_lib.plan import ClusterPlan, make_plan
 from torchspec_lib.ray.capacity import Node, missing_resources, placement_error
@@ -50,7 +51,7 @@ def preflight(run: RunConfig, nodes: Sequence[Node] | None = None) -> TargetSpec
         )
     for name in ("train", "heldout"):
         for index, source in enumerate(getattr(run.data, name)):
-            if Path(source).suffix:
+            if Path(source).suffix in READERS:
                 find_path(source, f"data.{name}[{index}]")
     if run.training.continual_from is not None:
         from torchspec_lib.training.continual import check_start  # torch, seconds

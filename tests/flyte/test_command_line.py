@@ -109,10 +109,16 @@ print(json.dumps([name for name in {HEAVY_MODULES!r} if name in sys.modules]))
         ),
         ({"sede": 1}, "run.sede: there is no such setting. Did you mean seed?"),
         (
+            {"inference.sglang": {"tp_sise": 2}},
+            "run.inference.sglang.tp_sise: there is no such setting. Did you mean tp_size?",
+        ),
+        ({"registry.model_name": "me/draft"}, "run.registry.model_name: string should match"),
+        ({"model.target": "Qwen/Qwen3 8B"}, "run.model.target: 'Qwen/Qwen3 8B' is no folder here"),
+        (
             {"training.learning_rate": -0.1},
             "run.training.learning_rate: input should be greater than 0, not -0.1",
         ),
-        ({"training.betas": [0.9, 2]}, "run.training.betas[1]: input should be less than or equal"),
+        ({"training.betas": [0.9, 2]}, "run.training.betas[1]: input should be less than 1"),
         (
             {"training.min_learning_rate": 1.0},
             "run.training: min_learning_rate (1.0) must not exceed learning_rate (0.005)",

@@ -6,6 +6,7 @@ from html import unescape
 from pathlib import Path
 
 import pytest
+from transformers import ByT5Tokenizer
 
 from tasks import reports
 from tasks.evaluation_report import evaluation_report
@@ -99,6 +100,12 @@ def test_an_answer_whose_tokens_are_uncertain_is_left_unmarked(tokenizer) -> Non
     html = evaluation_report(evaluated((answer("It is red.", (2, 2, 2), 40),)), None, tokenizer)
     assert PageCheck(html).marked == []
     assert "It is red." in html
+
+
+def test_the_answers_of_a_slow_tokenizer_are_shown_unmarked() -> None:
+    html = evaluation_report(evaluated((answer("Red.", (3,), 5),)), None, ByT5Tokenizer())
+    assert PageCheck(html).marked == []
+    assert "Red." in html
 
 
 def test_the_evaluation_report_of_sglangs_figures_leaves_out_what_sglang_does_not_tell(

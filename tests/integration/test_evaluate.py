@@ -18,7 +18,7 @@ from torchspec_lib.errors import ConfigError, DataError, DraftFormatError
 from torchspec_lib.evaluation.acceptance import ServedCounts
 from torchspec_lib.evaluation.bench import Bench
 from torchspec_lib.evaluation.evaluate import compare_served, evaluate_draft, set_result
-from torchspec_lib.evaluation.prompt_sets import PromptSet, digest_name
+from torchspec_lib.evaluation.prompt_sets import PromptSet, check_sets, digest_name
 from torchspec_lib.evaluation.served import Served
 from torchspec_lib.evaluation.speculative import Decoded
 from torchspec_lib.models.draft_config import DraftModelConfig
@@ -132,6 +132,15 @@ def test_a_set_that_asks_nothing_is_refused_with_the_line(setting, tmp_path):
     path.write_text('{"messages": [{"role": "assistant", "content": "Hello."}]}\n')
     with pytest.raises(DataError, match=r"question.jsonl:1.*asks nothing"):
         rerun(setting, sets={"mt_bench": str(path)})
+
+
+def test_a_set_with_a_broken_line_is_refused_before_anything_is_loaded(setting, tmp_path):
+    path = tmp_path / "question.jsonl"
+    path.write_text('{"prompt": "Name a colour."}\n{"prompt": \n')
+    run = setting[0]
+    evaluation = run.evaluation.model_copy(update={"sets": {"mt_bench": str(path)}})
+    with pytest.raises(DataError, match=r"question.jsonl:2"):
+        check_sets(run.model_copy(update={"evaluation": evaluation}))
 
 
 def test_trees_are_reported_beside_chains_of_as_many_steps(setting):

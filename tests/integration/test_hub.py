@@ -178,6 +178,12 @@ def test_a_run_that_is_to_be_pushed_needs_a_token_before_it_starts(no_token, mon
         preflight(run)
 
 
+def test_a_repository_that_the_hub_would_not_take_is_refused_before_a_run_starts():
+    run = make_run("/nowhere", push_to_hub="me/draft--1", push_dry_run=True)
+    with pytest.raises(ConfigError, match=r"registry\.push_to_hub: .*'me/draft--1'"):
+        preflight(run)
+
+
 @pytest.mark.parametrize(("status", "error"), [(403, ConfigError), (500, RecoverableError)])
 def test_a_refusal_is_the_users_and_a_failure_is_tried_again(hub, draft, status, error):
     hub.status = status

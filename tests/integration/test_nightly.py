@@ -103,6 +103,15 @@ def test_files_and_data_sets_beside_the_folder_stay(run: RunConfig, inbox: Path)
     assert plan_night(both, MONDAY).run.data.train == ("base.jsonl", "org/dataset", new)
 
 
+def test_a_folder_with_a_dot_in_its_name_is_one(run: RunConfig, tmp_path: Path) -> None:
+    folder = tmp_path / "chats-v1.5"
+    folder.mkdir()
+    new = arrive(folder, "a.jsonl", MONDAY - DAY)
+    train = ("teknium/OpenHermes-2.5", str(folder))
+    dotted = run.model_copy(update={"data": run.data.model_copy(update={"train": train})})
+    assert plan_night(dotted, MONDAY).run.data.train == ("teknium/OpenHermes-2.5", new)
+
+
 def test_a_folder_that_is_not_there_is_an_error(run: RunConfig, tmp_path: Path) -> None:
     data = run.data.model_copy(update={"train": (str(tmp_path / "nowhere"),)})
     with pytest.raises(ConfigError, match=r"data.train\[0\]"):

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,16 +15,17 @@ from torchspec_lib.config.models import DataConfig, ModelConfig
 from torchspec_lib.config.outcome import RegistryConfig
 from torchspec_lib.config.run import RunConfig
 from torchspec_lib.config.settings import PROJECT_ROOT
-from torchspec_lib.errors import ConfigError
-from torchspec_lib.registry.candidate import config_hash
+from torchspec_lib.errors import ConfigError, RegistryError
+from torchspec_lib.registry.candidate import config_hash, content_hash
 from torchspec_lib.registry.registry import (
     champion,
     champion_evaluation,
     champion_files,
-    champion_to_evaluate,
+    other_champion,
     register_draft,
     tracking_uri,
 )
+from torchspec_lib.results import SetResult
 
 ONLY_BETTER = {"only_better": True}
 NUM_STEPS = 130  # times ten figures: more than MLflow takes at once
@@ -33,15 +35,13 @@ FIRST_REGISTRATION = """
 import logging, sys
 from pathlib import Path
 from tests.integration.test_registry import make_run, trained
-from tests.candidates import make_report
-from torchspec_lib.registry.registry import champion_to_evaluate, register_draft
+from torchspec_lib.registry.registry import champion_files, other_champion, register_draft
 
 logging.basicConfig(level=logging.INFO)
 root = Path(sys.argv[1])
 run, first, other = make_run(root), trained(root / "1", b"1"), trained(root / "2", b"2")
 register_draft(run, first)
-report = make_report(draft_steps=3)
-assert champion_to_evaluate(run, other.target, other.draft_dir, report, root / "champion")
+assert champion_files(run, other_champion(run, other.target, other.draft_dir))
 from mlflow.telemetry.utils import is_telemetry_disabled
 print("telemetry disabled:", is_telemetry_disabled())
 """
@@ -199,34 +199,65 @@ def test_a_champion_measured_otherwise_is_evaluated_anew_before_it_is_compared(r
     with pytest.raises(ValueError, match="evaluate the champion's draft"):
         register_draft(run, new)
 
-    folder = champion_to_evaluate(run, new.target, new.draft_dir, report, tmp_path / "champion")
-    assert (folder / "model.safetensors").read_bytes() == b"old"
+    best = other_champion(run, new.target, new.draft_dir)
+    assert champion_evaluation(run, best, report) is None
+    assert (champion_files(run, best) / "model.safetensors").read_bytes() == b"old"
     anew = make_report(max_new_tokens=64, accept_length=3.7)
-    outcome = register_draft(
-        run, trained(tmp_path / "new", b"new", report=report, champion_report=anew)
-    )
+    compared = {"champion_report": anew, "champion_content": best.content}
+    outcome = register_draft(run, replace(new, **compared))
     assert not outcome.is_champion
     assert "3.700" in outcome.decision
 
+    # Measured beside the old one, while a better one came.
+    register_draft(run, trained(tmp_path / "3", b"3", report=make_report(accept_length=4.5)))
+    with pytest.raises(RegistryError, match="became the champion while"):
+        register_draft(run, replace(new, **compared))
 
-def test_a_champion_measured_alike_or_the_draft_itself_needs_no_evaluation(run, tmp_path):
-    old = trained(tmp_path / "old", b"old")
-    assert champion_to_evaluate(run, old.target, old.draft_dir, old.report, tmp_path) is None
-    register_draft(run, old)
-    new = trained(tmp_path / "new", b"new")
-    assert champion_to_evaluate(run, new.target, new.draft_dir, new.report, tmp_path) is None
-    otherwise = make_report(draft_steps=3)
-    assert champion_to_evaluate(run, old.target, old.draft_dir, otherwise, tmp_path) is None
+
+def test_a_draft_is_compared_with_the_champion_as_it_is_now(run, tmp_path):
+    first = trained(tmp_path / "1", b"1", report=make_report(accept_length=4.0))
+    register_draft(run, first)
+    register_draft(run, trained(tmp_path / "2", b"2", report=make_report(accept_length=5.0)))
+    late = trained(tmp_path / "3", b"3", report=make_report(accept_length=4.5))
+    content = content_hash(first.draft_dir)
+    late = replace(late, champion_report=first.report, champion_content=content)
+    outcome = register_draft(run, late)
+    assert not outcome.is_champion
+    assert "5.000" in outcome.decision
+    assert champion(run, late.target).version == "2"
 
 
 def test_a_champion_measured_alike_brings_its_evaluation_along(run, tmp_path):
     old = trained(tmp_path / "old", b"old")
+    assert other_champion(run, old.target, old.draft_dir) is None
     register_draft(run, old)
+    assert other_champion(run, old.target, old.draft_dir) is None
     new = trained(tmp_path / "new", b"new")
-    assert champion_evaluation(run, new.target, new.draft_dir, new.report) == old.report
-    assert champion_evaluation(run, old.target, old.draft_dir, old.report) is None
-    otherwise = make_report(draft_steps=3)
-    assert champion_evaluation(run, new.target, new.draft_dir, otherwise) is None
+    best = other_champion(run, new.target, new.draft_dir)
+    assert champion_evaluation(run, best, new.report) == old.report
+    assert champion_evaluation(run, best, make_report(draft_steps=3)) is None
+
+
+def test_what_is_evaluated_anew_reaches_the_version_and_its_card(run, tmp_path):
+    candidate = trained(tmp_path, b"carded")
+    register_draft(run, candidate)
+    fields = candidate.report.model_dump(include=set(SetResult.model_fields))
+    more = SetResult.model_validate(fields | {"name": "mt_bench", "category": "math"})
+    again = candidate.report.model_copy(update={"sets": (more,)})
+    assert not register_draft(run, replace(candidate, report=again)).is_new
+    best = champion(run, candidate.target)
+    assert champion_evaluation(run, best, again) == again
+    card = champion_files(run, best).joinpath("README.md").read_text()
+    assert "mt_bench: math" in card
+
+
+def test_drafts_beside_a_database_lie_under_the_data_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    database = f"sqlite:///{tmp_path}/other.db"
+    run = make_run(tmp_path / "root", tracking_uri=database)
+    register_draft(run, trained(tmp_path / "draft", b"weights"))
+    assert list((tmp_path / "root/registry/artifacts").rglob("model.safetensors"))
+    assert not (tmp_path / "mlruns").exists()
 
 
 def test_with_only_better_a_draft_that_does_not_beat_the_champion_is_not_registered(run, tmp_path):

@@ -113,6 +113,10 @@ def test_settings_that_contradict_each_other_are_refused(changes, message):
         run_config(**changes)
 
 
+def by_sglang(**extra_args) -> RunConfig:
+    return run_config(inference={"engine": "sglang", "sglang": {"extra_args": extra_args}})
+
+
 def test_a_run_id_ignores_what_does_not_change_the_training():
     base = run_config()
     same = [
@@ -122,9 +126,11 @@ def test_a_run_id_ignores_what_does_not_change_the_training():
         run_config(inference={"inference_num_gpus": 3}, transfer={"mode": "embedded"}),
     ]
     others = [run_config(seed=1), run_config(training={"learning_rate": 1e-3})]
+    others += [by_sglang(), by_sglang(quantization="fp8")]
+    assert by_sglang(mem_fraction_static=0.5).training_hash("d") == others[2].training_hash("d")
     assert {run.training_hash("d") for run in same} == {base.training_hash("d")}
     ids = {run.training_hash("d") for run in [base, *others]} | {base.training_hash("e")}
-    assert len(ids) == 4
+    assert len(ids) == 6
 
 
 def test_an_input_is_found_from_the_working_directory_and_from_the_project(tmp_path, monkeypatch):

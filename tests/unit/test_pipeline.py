@@ -88,6 +88,11 @@ def test_a_larger_draft_vocabulary_than_the_targets_is_refused():
         preflight(run_config(draft={"vocab_size": 1025}))
 
 
+def test_a_data_set_with_a_dot_in_its_name_is_no_missing_file():
+    train = {"train": ("teknium/OpenHermes-2.5",)}
+    preflight(run_config().model_copy(update={"data": run_config().data.model_copy(update=train)}))
+
+
 def test_a_data_root_in_which_nothing_can_be_written_is_refused(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     for root in (tmp_path / "file", tmp_path / "file" / "below"):

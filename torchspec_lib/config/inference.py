@@ -1,6 +1,6 @@
 """The engines, the store, and where everything runs."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
@@ -17,6 +17,16 @@ SGLANG_OWN_ARGUMENTS = frozenset(
     }
 )
 """Arguments of SGLang that capturing depends on, or that have a setting of their own."""
+
+
+SGLANG_INDIFFERENT = frozenset(
+    {
+        *("attention_backend", "prefill_attention_backend", "decode_attention_backend"),
+        *("sampling_backend", "mem_fraction_static", "max_running_requests", "max_total_tokens"),
+        *("log_level", "watchdog_timeout", "page_size", "schedule_policy", "cuda_graph_max_bs"),
+    }
+)
+"""Arguments of SGLang that change no answer and no state beyond rounding."""
 
 
 class SglangConfig(Settings):
@@ -36,6 +46,11 @@ class SglangConfig(Settings):
     """Tokens of a forward at most; a longer prompt is run in pieces."""
     extra_args: dict[str, bool | int | float | str] = Field(default_factory=dict)
     """Passed to SGLang as they are, such as ``attention_backend``."""
+
+    @property
+    def decisive_args(self) -> dict[str, bool | int | float | str]:
+        """Of ``extra_args`` those that may change what the target says, such as a quantization."""
+        return {k: v for k, v in self.extra_args.items() if k not in SGLANG_INDIFFERENT}
 
     @model_validator(mode="after")
     def _own_arguments_stay(self) -> Self:
@@ -63,6 +78,12 @@ class InferenceConfig(Settings):
     """Captures of a prompt that are tried before it is rejected."""
     max_failed_fraction: Fraction = 0.05
     """Share of rejected prompts above which the run ends with an error."""
+
+    @property
+    def decisive_settings(self) -> dict[str, Any]:
+        """What the target's answers and states depend on; JSON-able."""
+        args = self.sglang.decisive_args if self.engine == "sglang" else {}
+        return {"engine": self.engine} | ({"sglang": args} if args else {})
 
     @property
     def num_gpus_per_engine(self) -> int:

@@ -8,6 +8,9 @@ from pydantic import Field, NonNegativeFloat, PositiveInt, field_validator, mode
 
 from torchspec_lib.config.settings import Settings
 
+Name = Annotated[str, Field(pattern=r"^\w[\w .-]*$")]
+"""What MLflow and its searches take."""
+
 HELDOUT = "heldout"
 """What the prompts of ``data.heldout`` are called among the named sets."""
 
@@ -33,7 +36,7 @@ class EvaluationConfig(Settings):
     temperature: NonNegativeFloat = 0.0
     """0 is greedy. Above, plain and speculative decoding draw with the same random numbers, so
     that their answers can still be compared token by token."""
-    sets: dict[str, str] = Field(default_factory=dict)
+    sets: dict[Name, str] = Field(default_factory=dict)
     """Further prompts by name, such as ``mt_bench: question.jsonl``: a source like those of
     ``data.heldout``, answers not needed, or rows with ``turns``, whose first is asked. Reported by
     set and by the rows' ``category``; the gate looks at the held-out prompts only."""
@@ -81,7 +84,7 @@ class EvaluationConfig(Settings):
 class RegistryConfig(Settings):
     """The gate, and where drafts are registered."""
 
-    model_name: str = "eagle3-draft"
+    model_name: Name = "eagle3-draft"
     """What drafts for this target are versions of."""
     tracking_uri: str | None = None
     """An MLflow tracking URI. An SQLite file under ``data_root`` if left out."""

@@ -67,7 +67,9 @@ def _kind(schema: dict[str, Any]) -> str:
         return number + _kind(items)
     if schema["type"] == "object":
         names = _kind(schema["propertyNames"]) if "propertyNames" in schema else "any name"
-        return f"for {names}: {_kind(schema['additionalProperties'])}"
+        patterns = schema.get("patternProperties", {})
+        values = schema.get("additionalProperties") or next(iter(patterns.values()))
+        return f"for {names}: {_kind(values)}"
     bounds = [f"{words} {schema[key]:g}" for key, words in _BOUNDS.items() if key in schema]
     kind = "moment" if schema.get("format") == "date-time" else _KINDS[schema["type"]]
     return " ".join([kind, " and ".join(bounds)]).strip()

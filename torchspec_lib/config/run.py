@@ -106,7 +106,7 @@ class RunConfig(Settings):
             "model": self.model.model_dump(mode="json", include={"dtype"}),
             "draft": self.draft.model_dump(mode="json"),
             "training": self.training.model_dump(mode="json", exclude=_INDIFFERENT),
-            "inference": self.inference.model_dump(mode="json", include={"engine"}),
+            "inference": self.inference.decisive_settings,
             "seed": self.seed,
         }
         if self.snapshots.interval_steps is not None:

@@ -15,6 +15,7 @@ from pydantic import (
 from torchspec_lib.config.settings import Fraction, Settings, find_path
 
 LossName = Literal["kl", "tv", "lk_alpha", "lk_hybrid"]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 FORWARD_KL: dict[LossName, float] = {"kl": 1.0}
 
 
@@ -44,7 +45,7 @@ class TrainingConfig(Settings):
     """Share of all steps in which the learning rate rises from zero."""
     decay_ratio: Fraction = 0.2
     """Share of all steps in which it falls at the end, in a line. For ``wsd``."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled from the gradient, for both optimizers."""

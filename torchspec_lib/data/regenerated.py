@@ -100,7 +100,7 @@ class RegeneratedFolder:
             "train": list(digests),
             "target": target.fingerprint,
             "dtype": run.model.dtype,
-            "engine": run.inference.engine,
+            **run.inference.decisive_settings,
             "chat_template_kwargs": run.data.chat_template_kwargs,
             "max_length": run.data.max_length,
             **run.regeneration.model_dump(mode="json", exclude={"enabled", "batch_size"}),

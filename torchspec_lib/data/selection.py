@@ -12,6 +12,7 @@ import numpy.typing as npt
 from torchspec_lib.config.models import DataConfig
 from torchspec_lib.data.chat import ChatTokenizer, EncodedChat
 from torchspec_lib.data.conversations import Conversation
+from torchspec_lib.data.template import check_characters
 from torchspec_lib.errors import ConfigError, DataError
 from torchspec_lib.types import Prompt
 
@@ -82,6 +83,7 @@ class Selection:
                 continue
             prompt_id = _prompt_id(position, token_ids.tobytes())
             reference = messages[answer].content if answers else ""
+            check_characters(reference, where)
             yield HeldoutPrompt(prompt_id, token_ids, asked[-1], reference)
 
     def prompts(self, conversations: Iterable[Conversation]) -> Iterator[tuple[Prompt, str]]:

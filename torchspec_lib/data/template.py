@@ -81,7 +81,7 @@ class ChatTemplate:
                 f"the target's chat template refuses it: {refusal}",
                 "Change its roles or their order, or remove it",
             ) from refusal
-        _check_characters(best[0], where)
+        check_characters(best[0], where)
         return best
 
     def _render(
@@ -102,7 +102,7 @@ class ChatTemplate:
         return texts[0], _joined(spans[0]) if spans else []
 
 
-def _check_characters(text: str, where: str) -> None:
+def check_characters(text: str, where: str) -> None:
     """JSON can hold half of a character, a lone surrogate; no tokenizer takes it."""
     try:
         text.encode()

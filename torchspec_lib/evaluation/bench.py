@@ -128,7 +128,8 @@ class Bench:
         """Say how close the target's choice was: a gap within rounding isn't the draft's doing."""
         same = length_of_agreement(plain, speculative)
         ids = [*prompt.prompt_token_ids.tolist(), *plain[:same]]
-        logits_V = self._model(torch.tensor([ids], device=self._device)).logits[0, -1].float()
+        token_ids = torch.tensor([ids], device=self._device)
+        logits_V = self._model(token_ids, logits_to_keep=1).logits[0, -1].float()
         logger.warning(
             "event=not_lossless prompt=%s new_token=%d plain=%d speculative=%d logits=%.4f,%.4f",
             prompt.prompt_id,

@@ -9,7 +9,7 @@ from pathlib import Path
 from torchspec_lib.config.outcome import HELDOUT
 from torchspec_lib.config.run import RunConfig
 from torchspec_lib.data.chat import ChatTokenizer
-from torchspec_lib.data.conversations import Conversation, Source, open_source
+from torchspec_lib.data.conversations import Conversation, Message, Source, open_source
 from torchspec_lib.data.dataset import load_heldout
 from torchspec_lib.data.selection import HeldoutPrompt
 from torchspec_lib.errors import DataError
@@ -40,6 +40,19 @@ def named_sets(run: RunConfig, chat: ChatTokenizer) -> list[PromptSet]:
         DataError: A row is no conversation, or asks nothing; or none is short enough.
     """
     return [_read(name, source, run, chat) for name, source in _sources(run).items()]
+
+
+def check_sets(run: RunConfig) -> None:
+    """Read the files of ``evaluation.sets`` once, so that a broken line fails before a training.
+
+    Raises:
+        ConfigError: A source doesn't exist.
+        DataError: A row is no conversation, or asks nothing; or a file holds none.
+    """
+    for source in _sources(run).values():
+        if source.path is not None:
+            for conversation in source.conversations(answered=False):
+                _asked(conversation)
 
 
 def set_digests(run: RunConfig) -> dict[str, str]:
@@ -94,12 +107,19 @@ def _read(name: str, source: Source, run: RunConfig, chat: ChatTokenizer) -> Pro
 
 
 def _question(prompt_id: str, conversation: Conversation, chat: ChatTokenizer) -> HeldoutPrompt:
+    messages, asked = conversation.messages, _asked(conversation)
+    question = [message.content for message in asked if message.role == "user"][-1]
+    token_ids = chat.prompt_ids(asked, conversation.where, conversation.tools)
+    reference = messages[-1].content if len(asked) < len(messages) else ""
+    return HeldoutPrompt(prompt_id, token_ids, question, reference)
+
+
+def _asked(conversation: Conversation) -> tuple[Message, ...]:
     """All of a conversation but an answer at its end."""
-    messages, where = conversation.messages, conversation.where
-    end = len(messages) - (messages[-1].role == "assistant")
-    asked = [message.content for message in messages[:end] if message.role == "user"]
-    if not asked:
-        raise DataError(where, "asks nothing before its answer", "Add a user message, or remove it")
-    token_ids = chat.prompt_ids(messages[:end], where, conversation.tools)
-    reference = messages[end].content if end < len(messages) else ""
-    return HeldoutPrompt(prompt_id, token_ids, asked[-1], reference)
+    messages = conversation.messages
+    asked = messages[: len(messages) - (messages[-1].role == "assistant")]
+    if not any(message.role == "user" for message in asked):
+        raise DataError(
+            conversation.where, "asks nothing before its answer", "Add a user message, or remove it"
+        )
+    return asked

@@ -34,7 +34,9 @@ class Candidate:
     """How long each stage of the pipeline took, in its order."""
     cost: Cost
     champion_report: EvalReport | None = None
-    """The present champion under ``report``'s conditions; see ``champion_to_evaluate``."""
+    """The champion under ``report``'s conditions; see ``champion_evaluation``."""
+    champion_content: str | None = None
+    """Which draft that is, by its ``content_hash``: another may be the champion by now."""
 
 
 def content_hash(draft_dir: Path) -> str:
@@ -52,13 +54,17 @@ def config_hash(run: RunConfig) -> str:
 
 
 def code_version() -> str:
-    """The commit of a checkout, ``-dirty`` with local changes; else the image's, or the version."""
+    """The commit of a checkout, ``-dirty`` with local changes; else the image's, or the version.
+
+    The version also where git doesn't tell: it refuses another user's checkout.
+    """
     noted = PROJECT_ROOT / COMMIT
     if noted.is_file():
         return noted.read_text().strip()
     git = shutil.which("git")
-    if git is None or not (PROJECT_ROOT / ".git").exists():
-        return importlib.metadata.version("torchspec-flyte")
-    describe = [git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    found = subprocess.run(describe, cwd=PROJECT_ROOT, capture_output=True, text=True, check=True)
-    return found.stdout.strip()
+    if git is not None and (PROJECT_ROOT / ".git").exists():
+        describe = [git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        found = subprocess.run(describe, cwd=PROJECT_ROOT, capture_output=True, text=True)
+        if found.returncode == 0:
+            return found.stdout.strip()
+    return importlib.metadata.version("torchspec-flyte")

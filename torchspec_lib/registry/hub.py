@@ -18,11 +18,21 @@ def check_access(registry: RegistryConfig) -> None:
     """Refuse to start what couldn't be pushed at its end.
 
     Raises:
-        ConfigError: Something is to be pushed, and there is no token, or no way out.
+        ConfigError: Something is to be pushed, and no repository may be called so, or there is no
+            token, or no way out.
     """
-    if registry.push_to_hub is None or registry.push_dry_run:
+    if registry.push_to_hub is None:
         return
     from huggingface_hub import get_token, is_offline_mode
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(registry.push_to_hub)
+    except HFValidationError as error:
+        raise ConfigError("registry.push_to_hub", str(error), "Correct it") from error
+    if registry.push_dry_run:
+        return
 
     if is_offline_mode():
         raise ConfigError(

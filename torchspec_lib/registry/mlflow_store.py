@@ -3,6 +3,7 @@
 Figures that decide about a draft are tags of its version, set when the version is created.
 """
 
+import hashlib
 import json
 import os
 import tempfile
@@ -82,7 +83,8 @@ class MlflowStore:
     def add(self, run: RunConfig, candidate: Candidate, content: str) -> str:
         """Log everything about a draft in a run of its own, then create its version."""
         client, code = self._client, code_version()
-        tags = {"draft_sha256": content, **_lineage(run, candidate, code), **_figures(candidate)}
+        tags = {"draft_sha256": content, **_lineage(run, candidate, code)}
+        tags |= _figures(run, candidate)
         mlflow_run = client.create_run(
             self._experiment_id(), run_name=candidate.training.run_id, tags=tags
         )
@@ -104,9 +106,9 @@ class MlflowStore:
         return str(created.version)
 
     def update(self, version: str, run: RunConfig, candidate: Candidate) -> None:
-        """Put the newest evaluation's figures on a version, and a later night's date."""
+        """Put the newest evaluation on a version, and a later night's date."""
         found = self._client.get_model_version(self._name, version)
-        tags = {**_figures(candidate), **_night(run)}
+        tags = {**_figures(run, candidate), **_night(run)}
         if all(found.tags.get(key) == value for key, value in tags.items()):
             return
         report = candidate.report.model_dump_json(indent=2)
@@ -202,9 +204,12 @@ def _night(run: RunConfig) -> dict[str, str]:
     return {} if until is None else {PROMPTS_UNTIL: until.isoformat()}
 
 
-def _figures(candidate: Candidate) -> dict[str, str]:
+def _figures(run: RunConfig, candidate: Candidate) -> dict[str, str]:
+    """What is told of a draft. The hash changes with whatever else its model card says."""
     report = candidate.report
+    told = f"{report.model_dump_json()}\n{run.registry.push_to_hub}"
     return {
+        "evaluation_sha256": hashlib.sha256(told.encode()).hexdigest(),
         "accept_length": repr(report.accept_length),
         "conditions": conditions(report),
         "lossless": f"{report.num_lossless} of {report.num_prompts}",

@@ -40,7 +40,7 @@ def run_summary(candidate: Candidate, outcome: RegisteredDraft) -> str:
         ),
         "time": _times(candidate.stage_s),
         "cost": cost_text(candidate.cost),
-        "draft": str(candidate.draft_dir),
+        "draft": training.draft_dir,
     }
     if outcome.hub:
         rows["hub"] = outcome.hub

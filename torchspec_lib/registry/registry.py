@@ -10,9 +10,10 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from torchspec_lib.config.run import RunConfig
-from torchspec_lib.errors import ConfigError
+from torchspec_lib.errors import ConfigError, RegistryError
 from torchspec_lib.registry.candidate import Candidate, content_hash
 from torchspec_lib.registry.gate import GateDecision, check_champion, check_draft, conditions
 from torchspec_lib.registry.hub import push
@@ -22,6 +23,8 @@ from torchspec_lib.results import EvalReport, RegisteredDraft
 from torchspec_lib.target import TargetSpec
 
 logger = logging.getLogger(__name__)
+
+SERVERS = ("http", "https", "databricks")
 
 
 def tracking_uri(run: RunConfig) -> str:
@@ -58,48 +61,25 @@ def champion_files(run: RunConfig, best: DraftVersion) -> Path:
     return folder
 
 
+def other_champion(run: RunConfig, target: TargetSpec, draft_dir: Path) -> DraftVersion | None:
+    """The champion, unless ``draft_dir`` is this very draft.
+
+    Raises:
+        ConfigError: It is a draft for another target.
+    """
+    best = champion(run, target)
+    return None if best is None or best.content == content_hash(draft_dir) else best
+
+
 def champion_evaluation(
-    run: RunConfig, target: TargetSpec, draft_dir: Path, report: EvalReport
+    run: RunConfig, best: DraftVersion, report: EvalReport
 ) -> EvalReport | None:
-    """The champion's evaluation, where it was made under the conditions of ``report``.
+    """A champion's evaluation, where it was made under the conditions of ``report``.
 
-    None where there is none, and where ``draft_dir`` is the champion itself.
-
-    Raises:
-        ConfigError: The champion is a draft for another target.
+    Where it wasn't, what ``evaluate_draft`` says of ``champion_files`` is the candidate's
+    ``champion_report``.
     """
-    best = champion(run, target)
-    if best is None or best.conditions != conditions(report):
-        return None
-    if best.content == content_hash(draft_dir):
-        return None
-    return _open(run).evaluation(best)
-
-
-def champion_to_evaluate(
-    run: RunConfig, target: TargetSpec, draft_dir: Path, report: EvalReport, folder: Path
-) -> Path | None:
-    """The champion's draft, where its accept length must be measured anew to be compared.
-
-    That is where it was measured under other conditions than ``report``, and isn't this very
-    draft. What ``evaluate_draft`` says of it is the candidate's ``champion_report``.
-
-    Args:
-        run: The run.
-        target: Its target.
-        draft_dir: The new draft.
-        report: The new draft's evaluation.
-        folder: Where to put the champion's files.
-
-    Raises:
-        ConfigError: The champion is a draft for another target.
-    """
-    best = champion(run, target)
-    if best is None or best.conditions == conditions(report):
-        return None
-    if best.content == content_hash(draft_dir):
-        return None
-    return _open(run).download(best, folder)
+    return _open(run).evaluation(best) if best.conditions == conditions(report) else None
 
 
 def register_draft(run: RunConfig, candidate: Candidate) -> RegisteredDraft:
@@ -112,8 +92,10 @@ def register_draft(run: RunConfig, candidate: Candidate) -> RegisteredDraft:
     Raises:
         ConfigError: The champion is a draft for another target, or the hub refuses it.
         RecoverableError: The hub didn't take it.
-        ValueError: The champion's figure can't be compared with the candidate's, and the
-            candidate brings no ``champion_report`` under the same conditions.
+        RegistryError: The champion isn't the one that the candidate was compared with, and its
+            figure can't be compared with the candidate's.
+        ValueError: That figure can't be compared, and the candidate brings no
+            ``champion_report`` under the same conditions.
     """
     start = time.perf_counter()
     gate = judge(run, candidate)
@@ -137,6 +119,7 @@ def judge(run: RunConfig, candidate: Candidate) -> GateDecision:
 
     Raises:
         ConfigError: The champion is a draft for another target.
+        RegistryError: As ``register_draft``.
         ValueError: As ``register_draft``.
     """
     gate = check_draft(candidate.report, run.registry.min_accept_length)
@@ -205,14 +188,19 @@ def _accept_length(best: DraftVersion | None, candidate: Candidate) -> float | N
     if best is None:
         return None
     wanted, anew = conditions(candidate.report), candidate.champion_report
-    if anew is not None and conditions(anew) == wanted:
-        return anew.accept_length
     if best.conditions == wanted:
         return best.accept_length
-    raise ValueError(
-        f"champion version {best.version} was measured with {best.conditions!r}, the candidate "
-        f"with {wanted!r}: evaluate the champion's draft too (champion_to_evaluate)"
-    )
+    if anew is None or conditions(anew) != wanted:
+        raise ValueError(
+            f"champion version {best.version} was measured with {best.conditions!r}, the candidate "
+            f"with {wanted!r}: evaluate the champion's draft too (champion_evaluation)"
+        )
+    if candidate.champion_content != best.content:
+        raise RegistryError(
+            f"version {best.version} became the champion while this draft was compared with the "
+            "one before it. Run again: the draft will be compared with that version"
+        )
+    return anew.accept_length
 
 
 def _database(run: RunConfig) -> Path:
@@ -220,8 +208,9 @@ def _database(run: RunConfig) -> Path:
 
 
 def _open(run: RunConfig) -> MlflowStore:
-    artifacts = None
-    if run.registry.tracking_uri is None:
+    """A server keeps files where it likes; beside a database they lie under ``data_root``."""
+    uri, artifacts = tracking_uri(run), None
+    if urlsplit(uri).scheme not in SERVERS:
         artifacts = _database(run).with_name("artifacts")
         artifacts.mkdir(parents=True, exist_ok=True)
-    return MlflowStore(tracking_uri(run), run.registry.model_name, artifacts)
+    return MlflowStore(uri, run.registry.model_name, artifacts)

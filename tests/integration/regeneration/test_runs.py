@@ -14,6 +14,7 @@ import pytest
 
 from tests.integration.regeneration.cases import run_of, target
 from tests.run_process import wait_for
+from torchspec_lib.config.inference import SglangConfig
 from torchspec_lib.config.run import RunConfig
 from torchspec_lib.config.settings import PROJECT_ROOT
 from torchspec_lib.data.conversations import Conversation
@@ -198,6 +199,7 @@ def test_what_answers_depend_on_names_them_and_nothing_else(answered):
         changed("regeneration", max_conversations=5),
         changed("regeneration", turns="last"),
         changed("inference", engine="sglang"),
+        changed("inference", engine="sglang", sglang=SglangConfig(extra_args={"torchao": "x"})),
         changed("data", chat_template_kwargs={"enable_thinking": False}),
     ):
         assert all(a != b for a, b in zip(names(other), first, strict=True))

@@ -156,6 +156,9 @@ def test_empty_messages_and_halves_of_characters_are_left_out_of_training(root, 
     write(root / "heldout.jsonl", [chat(5, answer=" "), broken[1]])
     with pytest.raises(DataError, match=r"heldout.jsonl:2: has an empty message"):
         prepare(make_run(root, target))
+    write(root / "heldout.jsonl", [chat(5, answer="half \ud83d")])
+    with pytest.raises(DataError, match=r"heldout.jsonl:1: holds .*half of a character"):
+        prepare(make_run(root, target))
 
 
 def test_a_run_killed_half_way_leaves_no_half_data_set(root, target):
