@@ -94,15 +94,22 @@ def _what_is_marked(report: EvalReport) -> str:
         else "SGLang doesn't tell which of the tokens were the draft's"
     )
     order = "From the answer that the draft helped least to the one it helped most"
-    return f"{marked}. {order}" + ("" if report.lossless else ", after some that it changed")
+    if not report.lossless:
+        order += ", after some that differ from plain decoding's"
+    if report.num_ties:
+        order += (
+            f". {report.num_ties} differ first where two tokens are as good as equal to the "
+            "target: rounding chose there, not the draft"
+        )
+    return f"{marked}. {order}"
 
 
 def _comparison(report: EvalReport, champion: EvalReport | None) -> tuple[bool, str]:
     """What to think of the figures."""
-    length, differing = report.accept_length, report.num_prompts - report.num_lossless
-    if differing:
+    length = report.accept_length
+    if report.num_changed:
         return False, (
-            f"{differing} of {report.num_prompts} answers differ from plain decoding's: "
+            f"{report.num_changed} of {report.num_prompts} answers differ from plain decoding's: "
             "speculative decoding must not change any"
         )
     if champion is None:

@@ -180,8 +180,8 @@ def _gate(candidate: Candidate, run: RunConfig) -> list[tuple[str, str, str, str
         (
             "answers as in plain decoding",
             f"all {report.num_prompts}",
-            f"{report.num_lossless}",
-            _mark(report.lossless),
+            f"{report.num_lossless}" + (f", and {report.num_ties} ties" if report.num_ties else ""),
+            _mark(not report.num_changed),
         ),
         ("accept length", f"at least {least:g}", length, _mark(report.accept_length >= least)),
     ]

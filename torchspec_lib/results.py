@@ -163,6 +163,9 @@ class EvalReport(Settings):
     max_new_tokens: int
     num_prompts: int
     num_lossless: int
+    num_ties: int = 0
+    """Greedy answers that differ from plain decoding's, and first where rounding chose between
+    two tokens that are as good as equal to the target."""
     accept_length: float
     """New tokens per target forward after the prompt's, the target's own token included."""
     accept_rates: tuple[float, ...]
@@ -220,6 +223,17 @@ class EvalReport(Settings):
     @property
     def lossless(self) -> bool:
         return self.num_lossless == self.num_prompts
+
+    @property
+    def num_changed(self) -> int:
+        """Answers that the draft is to blame for."""
+        return self.num_prompts - self.num_lossless - self.num_ties
+
+    @property
+    def lossless_text(self) -> str:
+        """Such as ``97 of 100 prompts; 3 part where two tokens tie``."""
+        ties = f"; {self.num_ties} part where two tokens tie" if self.num_ties else ""
+        return f"{self.num_lossless} of {self.num_prompts} prompts{ties}"
 
 
 class RegisteredDraft(Settings):

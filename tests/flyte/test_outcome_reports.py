@@ -96,6 +96,14 @@ def test_the_evaluation_report_shows_answers_that_the_draft_changed_before_the_o
     assert titles == sorted(titles)
 
 
+def test_the_evaluation_report_tells_rounding_from_a_fault(tokenizer) -> None:
+    other = answer("It is green.", (1,), 3).model_copy(update={"lossless": False})
+    report = evaluated((other,)).model_copy(update={"num_lossless": 0, "num_ties": 1})
+    html = evaluation_report(report, None, tokenizer)
+    assert "rounding chose there, not the draft" in html
+    assert "must not change any" not in html
+
+
 def test_an_answer_whose_tokens_are_uncertain_is_left_unmarked(tokenizer) -> None:
     html = evaluation_report(evaluated((answer("It is red.", (2, 2, 2), 40),)), None, tokenizer)
     assert PageCheck(html).marked == []

@@ -23,6 +23,13 @@ def test_a_single_answer_that_differs_fails_the_draft_however_fast_it_is():
     assert "1 of 100 answers differ" in decision.reason
 
 
+def test_answers_that_part_at_a_tie_are_not_held_against_a_draft():
+    assert check_draft(make_report(num_lossless=97, num_ties=3), 1.0).passed
+    decision = check_draft(make_report(num_lossless=97, num_ties=2), 1.0)
+    assert not decision.passed
+    assert "1 of 100 answers differ" in decision.reason
+
+
 def test_every_failure_is_named():
     decision = check_draft(make_report(num_lossless=98, accept_length=1.1), 2.0)
     assert "2 of 100" in decision.reason

@@ -3,10 +3,9 @@
 Every timed call ends in Python integers, so a GPU has finished when the clock is read.
 """
 
-import logging
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -21,7 +20,6 @@ from torchspec_lib.evaluation.speculative import (
     Decoded,
     SpeculativeDecoder,
     decode_plain,
-    length_of_agreement,
 )
 from torchspec_lib.evaluation.tree_drafting import TreeDrafter, TreeShape
 from torchspec_lib.evaluation.verification import CachedTarget, TargetChoice, check_tree_target
@@ -29,8 +27,6 @@ from torchspec_lib.models.export import LoadedDraft
 from torchspec_lib.target import TargetSpec
 
 NUM_TIMINGS = 20
-
-logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
@@ -83,8 +79,6 @@ class Bench:
         decoded, speculative_s = _timed(lambda: self._speculative(prompt))
         if not plain_first:
             plain, plain_s = _timed(lambda: self._plain(prompt))
-        if plain != decoded.token_ids:
-            self._report_difference(prompt, plain, decoded.token_ids)
         return plain, decoded, (plain_s, speculative_s)
 
     def chain(self, prompt: HeldoutPrompt) -> tuple[Decoded, float]:
@@ -120,25 +114,6 @@ class Bench:
             for one, seconds in zip(trees, forwards, strict=True)
         }
         return StepCosts(statistics.median(proposals) / self._settings.draft_steps, rows_s)
-
-    @torch.inference_mode()
-    def _report_difference(
-        self, prompt: HeldoutPrompt, plain: Sequence[int], speculative: Sequence[int]
-    ) -> None:
-        """Say how close the target's choice was: a gap within rounding isn't the draft's doing."""
-        same = length_of_agreement(plain, speculative)
-        ids = [*prompt.prompt_token_ids.tolist(), *plain[:same]]
-        token_ids = torch.tensor([ids], device=self._device)
-        logits_V = self._model(token_ids, logits_to_keep=1).logits[0, -1].float()
-        logger.warning(
-            "event=not_lossless prompt=%s new_token=%d plain=%d speculative=%d logits=%.4f,%.4f",
-            prompt.prompt_id,
-            same,
-            plain[same],
-            speculative[same],
-            logits_V[plain[same]],
-            logits_V[speculative[same]],
-        )
 
     def _trees(self) -> TreeDrafter:
         check_tree_target(self._model)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 from torchspec_lib.config.outcome import HELDOUT
@@ -22,7 +23,7 @@ from torchspec_lib.evaluation.acceptance import (
 from torchspec_lib.evaluation.bench import Bench, StepCosts
 from torchspec_lib.evaluation.prompt_sets import PromptSet, digest_name, heldout_set, named_sets
 from torchspec_lib.evaluation.served import Served, serve
-from torchspec_lib.evaluation.speculative import length_of_agreement
+from torchspec_lib.evaluation.ties import part_at_a_tie
 from torchspec_lib.models.export import load_draft
 from torchspec_lib.models.target_model import load_target
 from torchspec_lib.models.validate import validate_draft
@@ -45,6 +46,8 @@ class Compared:
     counts: ChainCounts | ServedCounts
     plain_s: float
     speculative_s: float
+    is_tie: bool = False
+    """Whether the answers differ, and first where rounding chose; see ``part_at_a_tie``."""
 
     @property
     def lossless(self) -> bool:
@@ -106,6 +109,7 @@ def evaluate_draft(
         max_new_tokens=settings.max_new_tokens,
         num_prompts=overall.num_prompts,
         num_lossless=overall.num_lossless,
+        num_ties=sum(one.is_tie for one in compared),
         accept_length=overall.accept_length,
         accept_rates=overall.accept_rates,
         num_new_tokens=overall.num_new_tokens,
@@ -161,6 +165,8 @@ def _decode_sets(
     bench.warm_up(first)
     costs = bench.step_costs(first)
     compared = [_compare(bench, one) for one in sets]
+    if run.evaluation.temperature == 0.0:
+        compared = _with_ties(model, compared)
     if run.evaluation.draft_topk == 1:
         return Measured(compared, costs)
     return Measured(compared, costs, _with_chains(bench, compared[0], run))
@@ -200,10 +206,34 @@ def _with_chains(bench: Bench, compared: Sequence[Compared], run: RunConfig) -> 
 def _serve_sets(
     run: RunConfig, target: TargetSpec, draft_dir: Path, sets: Sequence[PromptSet]
 ) -> Measured:
-    """With SGLang: all of them without the draft, then all with it."""
+    """With SGLang: all of them without the draft, then all with it.
+
+    It tells no logits: where answers differ, transformers looks them up, if one GPU holds the
+    target.
+    """
     prompts = [prompt.prompt_token_ids.tolist() for one in sets for prompt in one.prompts]
     plain, speculative = (list(serve(run, target, draft, prompts)) for draft in (None, draft_dir))
-    return Measured(compare_served(sets, plain, speculative))
+    compared = compare_served(sets, plain, speculative)
+    num_differing = sum(not one.lossless for some in compared for one in some)
+    if num_differing and (run.inference.sglang.tp_size or 1) > 1:
+        logger.warning("event=not_lossless answers=%d tie=unknown", num_differing)
+    elif num_differing:
+        device = torch.device(run.cluster.device)
+        model = load_target(target, run.model.dtype, device, run.model.trust_remote_code)
+        compared = _with_ties(model, compared)
+    return Measured(compared)
+
+
+def _with_ties(model: nn.Module, compared: Sequence[Sequence[Compared]]) -> list[list[Compared]]:
+    """Greedy answers, with what is to be thought of those that differ."""
+
+    def look(one: Compared) -> Compared:
+        if one.lossless:
+            return one
+        is_tie = part_at_a_tie(model, one.prompt, one.plain, one.speculative)
+        return replace(one, is_tie=is_tie)
+
+    return [[look(one) for one in some] for some in compared]
 
 
 def compare_served(
@@ -225,13 +255,8 @@ def _served(
 ) -> Compared:
     assert speculative.counts is not None
     answers = plain.token_ids, speculative.token_ids
-    compared = Compared(
-        prompt, category, *answers, speculative.counts, plain.seconds, speculative.seconds
-    )
-    if not compared.lossless:
-        same = length_of_agreement(*answers)
-        logger.warning("event=not_lossless prompt=%s new_token=%d", prompt.prompt_id, same)
-    return compared
+    seconds = plain.seconds, speculative.seconds
+    return Compared(prompt, category, *answers, speculative.counts, *seconds)
 
 
 def _prompt_result(one: Compared, tokenizer: Any) -> PromptResult:

@@ -26,16 +26,16 @@ def conditions(report: EvalReport) -> str:
 
 
 def check_draft(report: EvalReport, min_accept_length: float) -> GateDecision:
-    """Pass a draft that leaves every answer as it is, and is long enough.
+    """Pass a draft that leaves every answer as it is, ties apart, and is long enough.
 
     Args:
         report: The draft's evaluation.
         min_accept_length: ``registry.min_accept_length``; reaching it is enough.
     """
     length, problems = report.accept_length, []
-    if not report.lossless:
-        differing = report.num_prompts - report.num_lossless
-        problems.append(f"{differing} of {report.num_prompts} answers differ from plain decoding's")
+    if report.num_changed:
+        changed = f"{report.num_changed} of {report.num_prompts} answers"
+        problems.append(f"{changed} differ from plain decoding's")
     if length < min_accept_length:
         problems.append(
             f"accept length {length:.3f} is {min_accept_length - length:.3f} below "

@@ -29,7 +29,7 @@ def run_summary(candidate: Candidate, outcome: RegisteredDraft) -> str:
             f"by position {_percentages(report.accept_rates)}"
         ),
         "measured with": conditions(report),
-        "lossless": f"{report.num_lossless} of {report.num_prompts} prompts",
+        "lossless": report.lossless_text,
         "speed-up": _speedup(report),
         "samples": (
             f"{training.num_trained:,} trained, {training.num_rejected:,} rejected"
