@@ -41,6 +41,10 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "kl + tv": {"training": {"loss": {"kl": 0.5, "tv": 0.5}}},
     "tv": {"training": {"loss": {"tv": 1.0}}},
     "eagle-3.1, lk_alpha": {"draft": NORMS, "training": {"loss": {"lk_alpha": 1.0}}},
+    "eagle-3.1, muon, lk_alpha": {
+        "draft": NORMS,
+        "training": {"optimizer": "muon", "loss": {"lk_alpha": 1.0}},
+    },
     "wsd": {"training": {"lr_schedule": "wsd"}},
     "by sample": {"training": {"loss_reduction": "sample"}},
     "no depth decay": {"training": {"depth_decay": 1.0}},

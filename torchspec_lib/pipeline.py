@@ -41,8 +41,6 @@ def preflight(run: RunConfig, nodes: Sequence[Node] | None = None) -> TargetSpec
     """
     _check_data_root(run.data_path)
     check_access(run.registry)
-    target = read_target(run.model)
-    aux_layer_ids(run.draft, target)
     if run.cluster.placement.startswith("debug_"):
         raise ConfigError(
             "cluster.placement",
@@ -53,13 +51,15 @@ def preflight(run: RunConfig, nodes: Sequence[Node] | None = None) -> TargetSpec
         for index, source in enumerate(getattr(run.data, name)):
             if Path(source).suffix in READERS:
                 find_path(source, f"data.{name}[{index}]")
+    _check_evaluation(run)
+    target = read_target(run.model)  # which may have to come from Hugging Face first
+    aux_layer_ids(run.draft, target)
     if run.training.continual_from is not None:
         from torchspec_lib.training.continual import check_start  # torch, seconds
 
         continual_fingerprint(run.training.continual_path)
         check_start(run, target)
     _check_sizes(run, target)
-    _check_evaluation(run)
     plan = make_plan(run, target, num_prompts=0, longest=run.data.max_length)
     _check_room(plan, nodes)
     return target

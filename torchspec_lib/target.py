@@ -120,6 +120,7 @@ def _locate(model: ModelConfig) -> Path:
 
     try:
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+        patterns += ["*.py"] if model.trust_remote_code else []
         return Path(snapshot_download(model.target, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ConfigError(

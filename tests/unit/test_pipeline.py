@@ -93,6 +93,13 @@ def test_a_data_set_with_a_dot_in_its_name_is_no_missing_file():
     preflight(run_config().model_copy(update={"data": run_config().data.model_copy(update=train)}))
 
 
+def test_a_missing_file_is_told_before_a_target_is_downloaded(monkeypatch):
+    monkeypatch.setattr("torchspec_lib.pipeline.read_target", lambda _: pytest.fail("downloads"))
+    data = run_config().data.model_copy(update={"heldout": ("nowhere.jsonl",)})
+    with pytest.raises(ConfigError, match=r"data.heldout\[0\]"):
+        preflight(run_config().model_copy(update={"data": data}))
+
+
 def test_a_data_root_in_which_nothing_can_be_written_is_refused(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     for root in (tmp_path / "file", tmp_path / "file" / "below"):

@@ -73,7 +73,7 @@ class InferenceConfig(Settings):
     inference_num_gpus_per_node: PositiveInt = 8
     """GPUs of a node that engines may take."""
     request_size: PositiveInt = 4
-    """Half the prompts that an engine has at a time, as far as their tokens fit its window."""
+    """An engine has twice as many prompts at a time, or fewer where they are long."""
     max_attempts: PositiveInt = 3
     """Captures of a prompt that are tried before it is rejected."""
     max_failed_fraction: Fraction = 0.05
@@ -139,7 +139,8 @@ class TransferConfig(Settings):
     device_name: str = ""
     """RDMA devices, comma-separated. Required for ``rdma``."""
     segment_bytes: PositiveInt | None = None
-    """Memory of the store. Derived from the longest sample and the batch if left out."""
+    """Memory of the store, of all nodes together. Derived from the longest sample and the batch
+    if left out."""
     max_in_flight_bytes: PositiveInt | None = None
     """Samples captured or being captured and not yet fetched. Derived from the segment."""
 
@@ -162,7 +163,8 @@ class ClusterConfig(Settings):
         "separate"
     )
     """``separate``: own bundles for training and inference. ``colocate``: one shared group, each
-    GPU holds a trainer and an engine. ``debug_*``: one side alone, for measuring it."""
+    GPU holds a trainer and an engine. ``debug_*``: one side alone, for
+    tests; the pipeline refuses it."""
     gpu_wait_s: PositiveFloat = 300.0
     """How long to wait for GPUs that the cluster doesn't show yet."""
     queue: str | None = None

@@ -47,9 +47,11 @@ class DataConfig(Settings):
     """Conversations, and how they become prompts."""
 
     train: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Files (.json, .jsonl, .parquet) or Hugging Face data set ids, read in this order."""
+    """Files (.json, .jsonl, .parquet) or Hugging Face data set ids, read in this order; for
+    ``train_nightly`` also folders with such files."""
     heldout: Annotated[tuple[str, ...], Field(min_length=1)]
-    """Conversations for evaluation. Those that also occur in ``train`` are left out of training."""
+    """Conversations for evaluation, asked up to their last answer. What begins with the same user
+    message is left out of training."""
     split: str = "train"
     """Which split of a Hugging Face data set to read."""
     max_length: PositiveInt = 4096

@@ -63,15 +63,19 @@ def _kind(schema: dict[str, Any]) -> str:
         return ", ".join(f"`{value}`" for value in schema["enum"])
     if schema["type"] == "array":
         items = schema.get("items") or schema["prefixItems"][0]
-        number = f"{len(schema['prefixItems'])} times " if "prefixItems" in schema else "list of "
+        number = f"{len(schema['prefixItems'])} of: " if "prefixItems" in schema else "list of: "
         return number + _kind(items)
     if schema["type"] == "object":
         names = _kind(schema["propertyNames"]) if "propertyNames" in schema else "any name"
         patterns = schema.get("patternProperties", {})
         values = schema.get("additionalProperties") or next(iter(patterns.values()))
-        return f"for {names}: {_kind(values)}"
+        return f"a mapping of {names} to: {_kind(values)}"
     bounds = [f"{words} {schema[key]:g}" for key, words in _BOUNDS.items() if key in schema]
-    kind = "moment" if schema.get("format") == "date-time" else _KINDS[schema["type"]]
+    kind = (
+        "date and time with its zone"
+        if schema.get("format") == "date-time"
+        else _KINDS[schema["type"]]
+    )
     return " ".join([kind, " and ".join(bounds)]).strip()
 
 

@@ -133,8 +133,8 @@ class SnapshotConfig(Settings):
     ``draft_steps`` and ``max_new_tokens``. The one with the longest accept length is exported;
     left out, the last step's draft is. The decoder holds the target once more: on a GPU of its
     own, or colocated on that of trainer rank 0. A snapshot that comes while it is busy waits, and
-    is left out when the next one comes: only with an interval that it keeps up with does a rerun
-    export the same draft."""
+    is left out when the next one comes: choose an interval long enough that none is, or a rerun
+    may export another draft."""
     num_prompts: PositiveInt = 16
     """Training prompts set aside to be decoded, chosen by the seed: nothing is trained on them,
     and the final evaluation's are others."""
