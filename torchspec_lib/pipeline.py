@@ -54,6 +54,7 @@ def preflight(run: RunConfig, nodes: Sequence[Node] | None = None) -> TargetSpec
     _check_evaluation(run)
     target = read_target(run.model)  # which may have to come from Hugging Face first
     aux_layer_ids(run.draft, target)
+    _check_trees(run, target)
     if run.training.continual_from is not None:
         from torchspec_lib.training.continual import check_start  # torch, seconds
 
@@ -123,6 +124,21 @@ def _check_evaluation(run: RunConfig) -> None:
             "'sglang' can't draft on a CPU: its attention for CPUs has no EAGLE-3",
             "Set it to hf, or cluster.device to cuda",
         )
+
+
+def _check_trees(run: RunConfig, target: TargetSpec) -> None:
+    topk, num_tokens = run.evaluation.draft_topk, run.draft.vocab_size or target.vocab_size
+    if topk > num_tokens:
+        raise ConfigError(
+            "evaluation.draft_topk", f"{topk} exceeds the draft's {num_tokens} tokens", "Lower it"
+        )
+    if topk > 1 and run.evaluation.engine == "hf":
+        from transformers import AutoConfig  # seconds
+
+        from torchspec_lib.evaluation.verification import check_tree_target
+
+        remote = run.model.trust_remote_code
+        check_tree_target(AutoConfig.from_pretrained(target.path, trust_remote_code=remote))
 
 
 def _check_room(plan: ClusterPlan, nodes: Sequence[Node] | None) -> None:

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -86,6 +87,22 @@ def test_an_evaluation_by_sglang_is_refused_without_a_gpu():
 def test_a_larger_draft_vocabulary_than_the_targets_is_refused():
     with pytest.raises(ConfigError, match=r"draft\.vocab_size"):
         preflight(run_config(draft={"vocab_size": 1025}))
+
+
+def test_trees_that_the_evaluation_could_not_decode_are_refused_before_the_training(tmp_path):
+    trees = {"draft_topk": 4, "num_draft_tokens": 8}
+    wide = {"draft_topk": 65, "num_draft_tokens": 80}
+    preflight(run_config(evaluation=trees))
+    with pytest.raises(ConfigError, match=r"draft_topk: 65 exceeds the draft's 64 tokens"):
+        preflight(run_config(evaluation=wide, draft={"vocab_size": 64}))
+    shutil.copytree(TINY, tmp_path / "target")
+    file = tmp_path / "target" / "config.json"
+    sliding = {"model_type": "gemma2", "sliding_window": 64}
+    file.write_text(json.dumps(json.loads(file.read_text()) | sliding))
+    model = {"target": str(tmp_path / "target"), "dtype": "float32"}
+    preflight(run_config(model=model))
+    with pytest.raises(ConfigError, match="layers of sliding_attention"):
+        preflight(run_config(model=model, evaluation=trees))
 
 
 def test_a_data_set_with_a_dot_in_its_name_is_no_missing_file():

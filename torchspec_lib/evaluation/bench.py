@@ -116,7 +116,7 @@ class Bench:
         return StepCosts(statistics.median(proposals) / self._settings.draft_steps, rows_s)
 
     def _trees(self) -> TreeDrafter:
-        check_tree_target(self._model)
+        check_tree_target(self._model.config)
         settings = self._settings
         shape = TreeShape(settings.draft_steps, settings.draft_topk, settings.num_rows)
         return TreeDrafter(self._draft, self._embed, self._vocab, shape)

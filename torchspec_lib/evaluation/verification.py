@@ -132,14 +132,17 @@ class CachedTarget:
         return logits_TV
 
 
-def check_tree_target(model: nn.Module) -> None:
+def check_tree_target(config: Any) -> None:
     """Refuse trees for a target whose layers don't all see everything before.
+
+    Args:
+        config: Transformers' configuration of it.
 
     Raises:
         ConfigError: It has layers of a sliding window, or without keys and values.
     """
-    config: Any = model.config
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    layer_types = getattr(config.get_text_config(), "layer_types", None)
+    kinds = set(layer_types or ()) - {"full_attention"}
     if kinds:
         raise ConfigError(
             "evaluation.draft_topk",
