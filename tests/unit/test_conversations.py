@@ -58,6 +58,19 @@ def test_a_broken_line_is_named_by_its_number_blank_lines_included(tmp_path):
         read(path)
 
 
+@pytest.mark.parametrize("line", ["[" * 100_000, "9" * 5000], ids=["nested", "digits"])
+def test_a_line_that_python_cannot_read_is_named_too(tmp_path, line):
+    path = write_lines(tmp_path / "chats.jsonl", {"messages": OPENAI}, line + "\n")
+    with pytest.raises(DataError, match=rf"{path}:2: is more than Python's json reads"):
+        read(path)
+    call = {"name": "f", "arguments": line}
+    path = write_lines(
+        tmp_path / "calls.jsonl", {"messages": [{**OPENAI[1], "tool_calls": [call]}]}
+    )
+    with pytest.raises(DataError, match="arguments: is not valid JSON"):
+        read(path)
+
+
 def test_a_broken_array_is_named_by_its_line(tmp_path):
     path = tmp_path / "chats.json"
     path.write_text('[\n{"messages": []},\n{"messages" []}\n]')

@@ -141,6 +141,9 @@ def _decode(text: bytes, where: str) -> Any:
         ) from error
     except UnicodeDecodeError as error:
         raise DataError(where, f"is not UTF-8: {error.reason}", "Save it as UTF-8") from error
+    except (ValueError, RecursionError) as error:  # thousands of digits, or of brackets
+        problem = f"is more than Python's json reads: {error}"
+        raise DataError(where, problem, "Correct or remove it") from error
 
 
 def _read_parquet(path: Path, name: str) -> Rows:

@@ -215,8 +215,8 @@ def _from_json(value: Any, where: str) -> Any:
         return value
     try:
         return json.loads(value)
-    except json.JSONDecodeError as error:
-        raise DataError(where, f"is not valid JSON: {error.msg}", "Correct or remove it") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(where, f"is not valid JSON: {error}", "Correct or remove it") from error
 
 
 def _text(turn: Mapping[str, Any], field: str, where: str) -> str | None:
